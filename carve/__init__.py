@@ -1,0 +1,1 @@
+"""carve: a compiler from dense transformer checkpoints to routed ones."""
