@@ -249,15 +249,17 @@ class _Executor(fx.Interpreter):
     ) -> None:
         super().__init__(program.module)
         self.observe = observe
-        self.starts = {s.output: s for s in program.sites}
+        self.sites: dict[fx.Node, list[FFNSite]] = {}
+        for s in program.sites:
+            self.sites.setdefault(s.input, []).append(s)
 
     def run_node(self, n: fx.Node) -> Any:
-        if self.observe is not None and n in self.starts:
-            site = self.starts[n]
-            if site.input not in self.env:
-                raise CarveError("observe", f"{site.name}: the input is gone before its FFN ends")
-            self.observe(site, self.env[site.input])
         if n.target is torch.ops.aten.linear.default:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            return dialect.linear(*args)
-        return super().run_node(n)
+            result: Any = dialect.linear(*args)
+        else:
+            result = super().run_node(n)
+        if self.observe is not None:
+            for site in self.sites.get(n, ()):
+                self.observe(site, result)
+        return result

@@ -329,7 +329,7 @@ def main() -> None:
             o.zero_grad(set_to_none=True)
         if not math.isfinite(loss.item()):
             raise SystemExit(f"loss is not finite at step {step}")
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             held_out = validate()
             seen = (step + 1) * args.batch * args.length

@@ -1,0 +1,181 @@
+"""Text in, batches of program inputs out; and the inputs that each FFN site sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from carve.errors import UserError
+from carve.program import FFNSite, Program
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one run of a program, and which tokens count (``[B, S]`` bool, None for all)."""
+
+    inputs: tuple[Tensor, ...]
+    mask: Tensor | None = None
+
+
+def read_text(path: str | Path | None, default: str) -> str:
+    """The text of ``path``, or the bundled ``default``.
+
+    Raises:
+        UserError: it cannot be read as UTF-8 text.
+    """
+    file = DATA / default if path is None else Path(path)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError("text", f"{file} cannot be read as text: {e}", "give a UTF-8 text file") from e
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a Hugging Face directory, without truncation or padding.
+
+    Raises:
+        UserError: ``tokenizer.json`` is missing or malformed.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            "tokenizer", f"{file} is missing", "save the model's fast tokenizer beside its weights"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UserError("tokenizer", f"{file} cannot be read: {e}") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def token_rows(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> Tensor:
+    """``[rows, length]`` int64 with about ``tokens`` tokens, evenly spread over the text.
+
+    Each row starts with what the tokenizer puts in front of a sequence (BOS, if anything).
+
+    Raises:
+        UserError: the text holds less than one row.
+    """
+    prefix = tokenizer.encode("").ids[:1]
+    pieces = text.split("\n\n\n")
+    ids = [i for e in tokenizer.encode_batch(pieces, add_special_tokens=False) for i in e.ids]
+    step = length - len(prefix)
+    count = len(ids) // step
+    if count == 0:
+        raise UserError(
+            "text-short",
+            f"the text has {len(ids)} tokens; at least {step} are needed",
+            "give a longer text, or fewer tokens a row",
+        )
+    wanted = min(count, max(1, round(tokens / length)))
+    chosen = [i * count // wanted for i in range(wanted)]
+    rows = [prefix + ids[i * step : (i + 1) * step] for i in chosen]
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def decoder_batches(program: Program, rows: Tensor, size: int) -> list[Batch]:
+    """Batches of a decoder's inputs with an empty cache."""
+    batches = []
+    for part in rows.split(size):
+        position = torch.arange(part.shape[1])[None].repeat(part.shape[0], 1)
+        batches.append(Batch((part, position, *program.empty_cache(part.shape[0]))))
+    return batches
+
+
+def sentence_batches(tokenizer: Tokenizer, sentences: Sequence[str], length: int, size: int) -> list[Batch]:
+    """Batches of an encoder's inputs, padded to the longest sentence of the batch."""
+    encoded = [e.ids[:length] for e in tokenizer.encode_batch(list(sentences))]
+    batches = []
+    for i in range(0, len(encoded), size):
+        part = encoded[i : i + size]
+        longest = max(map(len, part))
+        ids = torch.tensor([p + [0] * (longest - len(p)) for p in part])
+        mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in part])
+        batches.append(Batch((ids, mask), mask.bool()))
+    return batches
+
+
+def sentences_of(text: str, limit: int) -> list[str]:
+    """Paragraph-sized pieces of a text, evenly spread, at most ``limit``."""
+    pieces = [" ".join(p.split()) for p in text.replace("\n\n\n", "\n\n").split("\n\n")]
+    pieces = [p for p in pieces if len(p) >= 40]
+    if len(pieces) <= limit:
+        return pieces
+    return [pieces[i * len(pieces) // limit] for i in range(limit)]
+
+
+def text_batches(program: Program, tokenizer: Tokenizer, text: str, length: int, tokens: int) -> list[Batch]:
+    """Batches from a text for a decoder or a text encoder.
+
+    Raises:
+        UserError: the text is shorter than one row, or the program takes no text.
+    """
+    if program.kind == "decoder":
+        return decoder_batches(program, token_rows(tokenizer, text, length, tokens), 8)
+    if program.inputs[:1] != ["input_ids"]:
+        raise UserError("text", "this program takes no text", "give calibration batches from Python")
+    sentences = sentences_of(text, max(8, tokens // 32))
+    if len(sentences) < 8:
+        raise UserError(
+            "text-short", "the text holds fewer than 8 paragraphs of 40 characters", "give a longer text"
+        )
+    return sentence_batches(tokenizer, sentences, length, 32)
+
+
+class SiteInputs:
+    """What each FFN site sees on the calibration batches: ``[T, d]`` a site.
+
+    Collected in one pass over the dense program; kept in fp32 while that is small, in bf16 above.
+    """
+
+    def __init__(self, inputs: dict[str, Tensor]) -> None:
+        self._inputs = inputs
+
+    @classmethod
+    def collect(
+        cls,
+        program: Program,
+        batches: Sequence[Batch],
+        progress: Callable[[Sequence[Batch]], Iterator[Batch]] = iter,
+    ) -> SiteInputs:
+        """Run the program over the batches and keep the sites' inputs."""
+        tokens = sum(b.inputs[0].shape[0] * (b.inputs[0].shape[1] if b.inputs[0].ndim > 1 else 1) for b in batches)
+        size = tokens * sum(s.dense.up.shape[1] for s in program.sites) * 4
+        dtype = torch.float32 if size < 1 << 30 else torch.bfloat16
+        parts: dict[str, list[Tensor]] = {s.name: [] for s in program.sites}
+        for batch in progress(batches):
+
+            def keep(site: FFNSite, x: Tensor, mask: Tensor | None = batch.mask) -> None:
+                flat = x.reshape(-1, x.shape[-1])
+                if mask is not None:
+                    flat = flat[mask.reshape(-1)]
+                parts[site.name].append(flat.to(dtype, copy=True))
+
+            program.run(*batch.inputs, observe=keep)
+        return cls({name: torch.cat(p) for name, p in parts.items()})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens collected."""
+        return next(iter(self._inputs.values())).shape[0]
+
+    def of(self, site: FFNSite, limit: int | None = None) -> Tensor:
+        """Inputs of ``site`` in fp32, ``[T, d]``, evenly thinned to ``limit`` tokens."""
+        x = self._inputs[site.name]
+        if limit is not None and x.shape[0] > limit:
+            x = x[torch.linspace(0, x.shape[0] - 1, limit).long()]
+        return x.float()
