@@ -18,12 +18,13 @@ from torch import Tensor, fx, nn
 import carve.dialect  # noqa: F401  (registers the operators)
 from carve.checkpoint import Checkpoint
 from carve.errors import UserError
-from carve.match import find_ffn_sites, projection_macs
+from carve.match import find_ffn_sites, get_tensor, projection_macs
 from carve.program import Kind, Program
 
 log = logging.getLogger(__name__)
 _INTERFACE = "carve_cached"
 DYNAMIC = torch.export.Dim.DYNAMIC
+_SMALL = 500_000_000
 
 
 def _cache_of(past: tuple[Tensor, ...]) -> Any:
@@ -211,7 +212,31 @@ def _export(
             parameter = nn.Parameter(value, requires_grad=False)
         module.get_submodule(owner).register_parameter(leaf, parameter)
     _tidy(module)
+    _widen(module)
     return module
+
+
+def _widen(module: fx.GraphModule) -> None:
+    """Make parameters fp32, but for the large matrices of a large model.
+
+    The graph computes in fp32. Matrices that only linears and embedding look-ups read may stay as
+    they are stored (`carve.dialect.linear` multiplies in their dtype), which halves the memory of
+    a bf16 checkpoint; a model below `_SMALL` parameters is not worth the rounding.
+    """
+    keep: set[str] = set()
+    if sum(p.numel() for p in module.parameters()) >= _SMALL:
+        plain = (torch.ops.aten.linear.default, torch.ops.aten.embedding.default)
+        for n in module.graph.find_nodes(op="get_attr"):
+            weight = all(u.target in plain and n not in u.args[2:] for u in n.users)
+            value = get_tensor(module, n)
+            if weight and value is not None and value.ndim == 2:
+                keep.add(str(n.target))
+    made: dict[int, nn.Parameter] = {}
+    for name, p in [*module.named_parameters(remove_duplicate=False)]:
+        if p.dtype in (torch.bfloat16, torch.float16) and name not in keep:
+            owner, _, leaf = name.rpartition(".")
+            wide = made.setdefault(id(p), nn.Parameter(p.detach().float(), requires_grad=False))
+            module.get_submodule(owner).register_parameter(leaf, wide)
 
 
 def _finish(

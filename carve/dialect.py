@@ -8,7 +8,9 @@ Importing this module registers the operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -37,12 +39,33 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _LIB = torch.library.Library("carve", "DEF")
 
 
+LinearRule = Callable[[Tensor, Tensor], Tensor]
+_RULE: ContextVar[LinearRule | None] = ContextVar("carve_linear_rule", default=None)
+
+
+@contextmanager
+def linear_rule(rule: LinearRule) -> Iterator[None]:
+    """Have every product with a weight computed by ``rule(x, weight)`` in this context.
+
+    So a program can be run in a target's arithmetic without being rewritten; routers stay fp32.
+    """
+    token = _RULE.set(rule)
+    try:
+        yield
+    finally:
+        _RULE.reset(token)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` in the weight's own precision, result in ``x``'s dtype.
 
     Weights stay as the checkpoint holds them (bf16 or fp32): a bf16 weight is multiplied in bf16,
     which needs no copy of it.
     """
+    rule = _RULE.get()
+    if rule is not None:
+        y = rule(x, weight)
+        return y if bias is None else y + bias.to(x.dtype)
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
     y = F.linear(x.to(weight.dtype), weight).to(x.dtype)

@@ -66,6 +66,28 @@ class Evaluator:
             self.batches.append(batch)
             self.reference.append(out.half() if self.kind == "decoder" else out)
 
+    def limited(self, tokens: int) -> Evaluator:
+        """The same comparison on the first batches, about ``tokens`` tokens."""
+        small = object.__new__(Evaluator)
+        small.kind, small.batches, small.reference = self.kind, [], []
+        for batch, kept in zip(self.batches, self.reference, strict=True):
+            rows = batch.inputs[0]
+            each = rows.shape[1] if rows.ndim == 2 else 1
+            take = min(rows.shape[0], max(1, round(tokens / each)))
+            small.batches.append(
+                Batch(tuple(t[:take] for t in batch.inputs), None if batch.mask is None else batch.mask[:take])
+            )
+            small.reference.append(kept[:take])
+            tokens -= take * each
+            if tokens <= 0:
+                break
+        return small
+
+    def loss(self, program: Program) -> float:
+        """KL to the dense program, or 1 - mean cosine for encoders."""
+        quality = self(program)
+        return quality.kl if isinstance(quality, LanguageQuality) else 1.0 - quality.cosine_mean
+
     def __call__(self, program: Program) -> Quality:
         """Quality of ``program`` in torch."""
         return self.compare(lambda inputs: program.run(*inputs)[0])

@@ -7,7 +7,7 @@ the dtype of the checkpoint; `Program.run` executes it with mixed precision (see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -206,6 +206,8 @@ class Program:
         """Put ``routed`` in place of the site's FFN, or in place of its former routed weights."""
         graph, module = self.module.graph, self.module
         path = "carve_" + site.name.replace(".", "_")
+        if hasattr(module, path):  # the former weights stay until their node is gone
+            path += "_next"
         holder = torch.nn.Module()
         for name, tensor in routed.tensors().items():
             holder.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
@@ -236,11 +238,6 @@ class Program:
         graph.lint()
         self.module.recompile()
 
-    def layers(self) -> Iterator[tuple[int, FFNSite]]:
-        """The sites with their position."""
-        yield from enumerate(self.sites)
-
-
 class _Executor(fx.Interpreter):
     """Runs a program with mixed-precision linears and a hook at every site."""
 
@@ -259,6 +256,8 @@ class _Executor(fx.Interpreter):
             result: Any = dialect.linear(*args)
         else:
             result = super().run_node(n)
+            if n.target is torch.ops.aten.embedding.default:
+                result = result.float()
         if self.observe is not None:
             for site in self.sites.get(n, ()):
                 self.observe(site, result)

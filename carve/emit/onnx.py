@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,27 @@ def _stand_in(program: Program) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     return fx.GraphModule(root, graph), weights
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' own logs and warnings are about steps that a user cannot act on."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [x.level for x in loggers]
+    for x in loggers:
+        x.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for x, level in zip(loggers, levels, strict=True):
+            x.setLevel(level)
+
+
 def skeleton(program: Program) -> tuple[ir.Model, dict[str, Tensor]]:
     """Translate to ONNX with placeholder nodes; give back the weights by initializer name."""
     module, weights = _stand_in(program)
-    level = logging.getLogger("torch.onnx").level
     try:
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.no_grad():
             exported = torch.export.export(
                 module, program.example, dynamic_shapes=program.dynamic, strict=False
             )
@@ -156,8 +170,6 @@ def skeleton(program: Program) -> tuple[ir.Model, dict[str, Tensor]]:
             )
     except Exception as e:
         raise CarveError("emit", f"torch.onnx could not translate the program: {str(e)[:400]}") from e
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
     if result is None:
         raise CarveError("emit", "torch.onnx gave no program")
     return result.model, weights
@@ -614,12 +626,13 @@ def emit(program: Program, path: Path, bits: int) -> Emitted:
     """
     if bits not in (4, 8, 16, 32):
         raise UserError("bits", f"--bits {bits} is not one of 16, 8, 4", "try --bits 4")
-    model, weights = skeleton(program)
-    lower(model, weights, program, bits)
-    model.graph.name = "carve"
-    onnx_passes.TopologicalSortPass()(model)
-    model.ir_version = min(model.ir_version or 10, 11)
-    ir.save(model, str(path), external_data=path.name + ".data", size_threshold_bytes=256)
+    with _quiet():
+        model, weights = skeleton(program)
+        lower(model, weights, program, bits)
+        model.graph.name = "carve"
+        onnx_passes.TopologicalSortPass()(model)
+        model.ir_version = min(model.ir_version or 10, 11)
+        ir.save(model, str(path), external_data=path.name + ".data", size_threshold_bytes=256)
     proto = onnx.load(str(path), load_external_data=False)
     shared = any(n.op_type == "GroupQueryAttention" for n in proto.graph.node)
     return Emitted(path, bits, shared)

@@ -55,13 +55,26 @@ def pack(levels: Tensor, bits: int) -> np.ndarray:
     return packed
 
 
-def matmul_nbits(weight: Tensor, bits: int, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """``MatMulNBits``: ``B`` uint8 ``[N, K / block, block * bits / 8]`` and scales ``[N, K / block]``."""
-    levels, scale = quantize(weight, bits, block)
-    b = pack(levels, bits).reshape(weight.shape[0], scale.shape[-1], -1)
-    return b, scale.numpy()
-
-
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
     """Rows gate, up, gate, up of ``[..., m, d]`` pairs: ``[..., 2m, d]``."""
     return torch.stack((gate, up), -2).flatten(-3, -2)
+
+
+def emulate(x: Tensor, weight: Tensor, bits: int, block: int = BLOCK) -> Tensor:
+    """``x @ weight.T`` as onnxruntime's CPU kernels compute it at ``accuracy_level`` 4.
+
+    Activations are rounded to int8 for each row and block, ``scale = max|x| / 127``; products and
+    sums are exact in integers, and so in fp32 here up to the order of summation.
+
+    Args:
+        x: ``[..., K]`` fp32.
+        weight: ``[N, K]``; ``K`` a multiple of ``block`` or the product stays fp32.
+        bits: 16 or more gives the fp32 product.
+        block: weights a scale.
+    """
+    if bits >= 16 or weight.shape[-1] % block:
+        return torch.nn.functional.linear(x, weight.float())
+    blocks = x.unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    rounded = (blocks / torch.where(scale == 0, torch.ones_like(scale), scale)).round() * scale
+    return torch.nn.functional.linear(rounded.flatten(-2), dequantize(*quantize(weight, bits, block), bits))

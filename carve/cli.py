@@ -1,0 +1,268 @@
+"""The command line. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from carve.errors import CarveError
+from carve.version import __version__
+
+# onnxruntime reports usage by default; a compiler of other people's models does not.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+log = logging.getLogger("carve")
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="carve", description="Compile a dense transformer into a routed one.")
+    p.add_argument("--version", action="version", version=f"carve {__version__}")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        c = commands.add_parser(name, help=text, description=text)
+        c.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        c.add_argument("-v", "--verbose", action="store_true", help="more of what happens")
+        return c
+
+    c = command("convert", "turn a dense checkpoint into a routed artifact")
+    c.add_argument("model", help="Hugging Face directory (config.json, safetensors, tokenizer.json)")
+    c.add_argument("-o", "--output", help="the artifact's folder (default: MODEL's name + -carved)")
+    c.add_argument("--budget", type=float, help="share of the blocks' multiply-accumulates, (0, 1]")
+    c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
+    c.add_argument("--bits", type=int, help="16 (unquantized), 8 or 4 (default)")
+    c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")
+    c.add_argument("--calibration", help="a text file instead of the bundled text")
+    c.add_argument("--recipe", type=Path, help="settings from a TOML file")
+    c.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings")
+    c.add_argument("--seed", type=int)
+
+    c = command("run", "generate text with an artifact")
+    c.add_argument("artifact")
+    c.add_argument("--prompt", help="the prompt (default: standard input)")
+    c.add_argument("--max-tokens", type=int, default=128)
+    c.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    c.add_argument("--top-k", type=int, default=0)
+    c.add_argument("--top-p", type=float, default=1.0)
+    c.add_argument("--seed", type=int)
+    c.add_argument("--threads", type=int)
+
+    c = command("eval", "quality of an artifact beside its dense original, in its own engine")
+    c.add_argument("artifact")
+    c.add_argument("--text", help="held-out text (default: the bundled text)")
+    c.add_argument("--dense", help="the dense checkpoint, where it has moved")
+    c.add_argument("--tokens", type=int, default=16_000)
+
+    c = command("bench", "decode and prefill beside the dense model: same engine, same width")
+    c.add_argument("artifact")
+    c.add_argument("--dense", help="a dense artifact or checkpoint (default: made from the source)")
+    c.add_argument("--threads", type=int)
+    c.add_argument("--repeats", type=int, default=5, help="interleaved pairs")
+    c.add_argument("--tokens", type=int, default=24, help="tokens decoded in each")
+    c.add_argument("--context", type=int, default=50, help="tokens in the cache when decoding starts")
+    c.add_argument("--prefill", type=int, default=256)
+
+    c = command("report", "what each pass of a conversion did")
+    c.add_argument("artifact")
+
+    c = command("list", "the passes or the targets")
+    c.add_argument("what", choices=("passes", "targets"))
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    for name in ("torch", "onnx_ir", "onnxscript", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        result = _COMMANDS[args.command](args)
+    except Exception as e:
+        failure = _as_error(e)
+        if failure is None:
+            raise
+        if args.json:
+            _out(json.dumps({"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}}))
+        hint = f"\n  {failure.hint}" if failure.hint else ""
+        sys.stderr.write(f"carve {args.command}: {failure.message}{hint}\n")
+        return failure.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("carve: interrupted\n")
+        return 130
+    if args.json:
+        _out(json.dumps(result))
+    return 0
+
+
+def _as_error(e: Exception) -> CarveError | None:
+    """The error a user sees; None for what is a defect and deserves its traceback."""
+    if isinstance(e, CarveError):
+        return e
+    if type(e).__module__.startswith("carve_runtime"):
+        failure = CarveError(getattr(e, "code", "runtime"), getattr(e, "message", str(e)), getattr(e, "hint", ""))
+        if type(e).__name__ in ("ArtifactError", "RequestError"):
+            failure.exit_code = 2
+        return failure
+    if isinstance(e, MemoryError):
+        return CarveError("memory", "out of memory", "close other programs or use a larger machine")
+    return None
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _progress(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """A bar on a terminal, a line otherwise, always on standard error."""
+    if not sys.stderr.isatty():
+        sys.stderr.write(f"{label} ({len(items)})\n")
+        yield from items
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc=label, leave=False, file=sys.stderr)
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.config import apply_settings, from_table, read_recipe
+
+    table = read_recipe(args.recipe) if args.recipe else {}
+    apply_settings(table, args.settings)
+    general = table.setdefault("convert", {})
+    given = {
+        "budget": args.budget,
+        "ffn_active": args.ffn_active,
+        "bits": args.bits,
+        "targets": args.target.split(",") if args.target else None,
+        "calibration": args.calibration,
+        "seed": args.seed,
+    }
+    general.update({k: v for k, v in given.items() if v is not None})
+    config = from_table(table)
+    model = Path(args.model)
+    output = Path(args.output or f"{model.name}-carved")
+    from carve.pipeline import convert
+
+    artifact = convert(model, output, config, progress=_progress)
+    r = artifact.report
+    result = {
+        "artifact": str(output),
+        **{k: r[k] for k in ("budget", "ffn_active", "seconds", "peak_rss_mb", "quality", "passes")},
+    }
+    if not args.json:
+        from carve.report import render
+
+        _out(render(r))
+        _out(f"\n{output}")
+    return result
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    import carve_runtime
+
+    model = carve_runtime.load(args.artifact, threads=args.threads)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    stream = model.stream(
+        prompt,
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            done = end.value
+            break
+        if not args.json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if not args.json:
+        _out("")
+        sys.stderr.write(
+            f"{len(done.token_ids)} tokens, first after {done.first_token_s:.2f} s, "
+            f"{done.tokens_per_s:.1f} tokens/s\n"
+        )
+    return {
+        "text": done.text,
+        "tokens": len(done.token_ids),
+        "tokens_per_s": done.tokens_per_s,
+        "first_token_s": done.first_token_s,
+    }
+
+
+def _eval(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.measure import evaluate_artifact
+
+    result = evaluate_artifact(Path(args.artifact), args.text, args.dense, args.tokens, _progress)
+    if not args.json:
+        from carve.report import figures
+
+        _out(figures(result))
+    return result
+
+
+def _bench(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.measure import bench_artifact
+
+    result = bench_artifact(
+        Path(args.artifact),
+        dense=args.dense,
+        threads=args.threads,
+        repeats=args.repeats,
+        tokens=args.tokens,
+        context=args.context,
+        prefill=args.prefill,
+        progress=_progress,
+    )
+    if not args.json:
+        from carve.report import bench_table
+
+        _out(bench_table(result))
+    return result
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.artifact import Artifact
+
+    report = Artifact.open(args.artifact).report
+    if not args.json:
+        from carve.report import render
+
+        _out(render(report))
+    return report
+
+
+def _list(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.config import PASS_NAMES, TARGETS
+
+    names = list(PASS_NAMES if args.what == "passes" else TARGETS)
+    if not args.json:
+        _out("\n".join(names))
+    return {args.what: names}
+
+
+_COMMANDS = {
+    "convert": _convert,
+    "run": _run,
+    "eval": _eval,
+    "bench": _bench,
+    "report": _report,
+    "list": _list,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

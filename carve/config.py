@@ -1,0 +1,188 @@
+"""One typed configuration for the command line, recipes and Python.
+
+This module imports neither torch nor the passes' code: sections of passes are plain tables here
+and become the passes' own dataclasses when the pipeline is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from carve.errors import UserError
+
+PASS_NAMES = ("profile", "carve", "route_analytical", "route_ridge", "compensate")
+TARGETS = ("onnx-cpu",)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Settings of a conversion.
+
+    Attributes:
+        budget: at most this share of the dense blocks' multiply-accumulates, in (0, 1]; 1 keeps
+            the model dense.
+        ffn_active: pin the active share of the FFNs instead.
+        bits: 16 (unquantized), 8 or 4.
+        targets: what to emit.
+        router: ``ridge`` or ``analytical``.
+        shared_share: wanted share of the active neurons that the shared expert holds.
+        num_experts: fix the number of routed experts.
+        top_k: fix the experts a token.
+        calibration: a text file instead of the bundled text.
+        evaluation: a held-out text file instead of the bundled text.
+        tokens: calibration tokens; by default from the model's size.
+        eval_tokens: held-out tokens for the final figures; by default from the model's size.
+        length: tokens a row of calibration and held-out text.
+        seed: feeds every random choice.
+        passes: settings by pass, for example ``{"route_ridge": {"power": 1.0}}``.
+    """
+
+    budget: float | None = None
+    ffn_active: float | None = None
+    bits: int = 4
+    targets: tuple[str, ...] = TARGETS
+    router: str = "ridge"
+    shared_share: float = 0.55
+    num_experts: int | None = None
+    top_k: int | None = None
+    calibration: str | None = None
+    evaluation: str | None = None
+    tokens: int | None = None
+    eval_tokens: int | None = None
+    length: int = 512
+    seed: int = 0
+    passes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is carved."""
+        return (self.ffn_active if self.ffn_active is not None else self.budget) == 1.0
+
+
+def _check(c: ConvertConfig) -> None:
+    asked = c.ffn_active if c.ffn_active is not None else c.budget
+    name = "--ffn-active" if c.ffn_active is not None else "--budget"
+    if c.ffn_active is not None and c.budget is not None:
+        raise UserError("config", "give either --budget or --ffn-active, not both")
+    if asked is None:
+        raise UserError("budget", "no budget is given", "try --budget 0.6")
+    if not isinstance(asked, int | float) or not 0.0 < asked <= 1.0:
+        raise UserError("budget", f"{name} {asked} is outside (0, 1]", "try --budget 0.6")
+    if c.bits not in (4, 8, 16, 32):
+        raise UserError("bits", f"--bits {c.bits} is not one of 16, 8, 4", "try --bits 4")
+    for t in c.targets:
+        if t not in TARGETS:
+            raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")
+    if c.router not in ("ridge", "analytical"):
+        raise UserError("config", f"router {c.router!r} is neither 'ridge' nor 'analytical'")
+    for low, value, label in (
+        (8, c.length, "length"),
+        (1, c.tokens, "tokens"),
+        (1, c.eval_tokens, "eval_tokens"),
+        (2, c.num_experts, "num_experts"),
+        (1, c.top_k, "top_k"),
+    ):
+        if value is not None and (not isinstance(value, int) or value < low):
+            raise UserError("config", f"{label} has to be a whole number of at least {low}")
+    if not 0.0 <= c.shared_share <= 1.0:
+        raise UserError("config", f"shared_share {c.shared_share} is outside [0, 1]")
+    for p in c.passes:
+        if p not in PASS_NAMES:
+            raise UserError("config", f"unknown pass {p!r}{nearest(p, PASS_NAMES)}")
+
+
+def nearest(word: str, words: tuple[str, ...] | list[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest of ``words``, or their list."""
+    found = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(words)}"
+
+
+_GENERAL = tuple(f.name for f in fields(ConvertConfig) if f.name != "passes")
+
+
+def from_table(table: dict[str, Any]) -> ConvertConfig:
+    """A configuration from a recipe's table: ``[convert]`` and one section a pass.
+
+    Raises:
+        UserError: an unknown section or key, with the nearest valid one, or a value out of range.
+    """
+    general: dict[str, Any] = {}
+    passes: dict[str, dict[str, Any]] = {}
+    for section, values in table.items():
+        if not isinstance(values, dict):
+            raise UserError("recipe", f"{section!r} stands outside a section", "put it under [convert]")
+        if section == "convert":
+            for key, value in values.items():
+                if key not in _GENERAL:
+                    raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
+                general[key] = tuple(value) if isinstance(value, list) else value
+        elif section in PASS_NAMES:
+            passes[section] = values
+        else:
+            known = ("convert", *PASS_NAMES)
+            raise UserError("recipe", f"unknown section [{section}]{nearest(section, known)}")
+    return ConvertConfig(**general, passes=passes)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The table of a TOML recipe.
+
+    Raises:
+        UserError: it cannot be read as TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UserError("recipe", f"{path} cannot be read as TOML: {e}") from e
+
+
+def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
+    """Put ``section.key=value`` settings into a recipe's table; values are read as TOML.
+
+    Raises:
+        UserError: a setting has another form.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not equals or not dot:
+            raise UserError("config", f"--set {setting!r} is not of the form section.key=value")
+        try:
+            value = tomllib.loads(f"x = {text}")["x"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        table.setdefault(section, {})[key] = value
+
+
+def to_toml(config: ConvertConfig) -> str:
+    """The resolved recipe as TOML."""
+    general = {k: v for k, v in asdict(config).items() if k != "passes" and v is not None}
+    lines = ["[convert]", *(f"{k} = {json.dumps(v)}" for k, v in general.items())]
+    for name, values in config.passes.items():
+        lines += ["", f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
+    """A pass's configuration dataclass from its table.
+
+    Raises:
+        UserError: an unknown key, with the nearest valid one, or a value of another type.
+    """
+    known = {f.name: getattr(cls(), f.name) for f in fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, list(known))}")
+        want = type(known[key])
+        fits = isinstance(value, (want, int)) if want is float else isinstance(value, (want, list) if want is tuple else want)
+        if not fits or (isinstance(value, bool) and want is not bool):
+            raise UserError("recipe", f"{section}.{key} = {value!r} has to be of type {want.__name__}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

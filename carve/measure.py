@@ -1,0 +1,183 @@
+"""Measuring a finished artifact in its own engine: quality and speed beside the dense model."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carve.artifact import Artifact
+from carve.errors import UserError
+
+if TYPE_CHECKING:
+    import carve_runtime
+
+Progress = Callable[[Sequence[Any], str], Iterator[Any]]
+
+
+def source_of(artifact: Artifact, override: str | None) -> Path:
+    """The dense checkpoint an artifact was made from, unchanged since.
+
+    Raises:
+        UserError: it is not there, or its content is another.
+    """
+    from carve.checkpoint import Checkpoint
+
+    source = artifact.manifest["source"]
+    path = Path(override or source["path"])
+    if not path.is_dir():
+        raise UserError("not-found", f"the dense checkpoint {path} is not there", "name it with --dense")
+    if source["sha256"] and Checkpoint.open(path).sha256() != source["sha256"]:
+        raise UserError("changed", f"{path} is not the checkpoint this artifact was made from")
+    return path
+
+
+def evaluate_artifact(
+    path: Path, text: str | None, dense: str | None, tokens: int, progress: Progress
+) -> dict[str, Any]:
+    """Perplexity, KL and top-1 agreement (encoders: cosine) of an artifact on held-out text.
+
+    The artifact runs in onnxruntime as it is shipped, the dense checkpoint in torch unquantized, so
+    the loss is that of carving and quantization together.
+
+    Raises:
+        UserError: no such artifact or checkpoint, or an unreadable text.
+    """
+    import torch
+
+    import carve_runtime
+    from carve.calibration import load_tokenizer, read_text, text_batches
+    from carve.capture import capture_checkpoint
+    from carve.evaluate import Evaluator, as_dict
+    from carve.parity import feeds_of
+
+    artifact = Artifact.open(path)
+    model = carve_runtime.load(path)
+    source = source_of(artifact, dense)
+    program = capture_checkpoint(source)
+    length = min(512, artifact.manifest["model"]["max_length"])
+    batches = text_batches(
+        program, load_tokenizer(source), read_text(text, "evaluation.txt"), length, tokens
+    )
+    evaluator = Evaluator(program, list(progress(batches, "dense model")))
+    names = set(program.inputs) | {"attention_mask"}
+
+    def forward(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        feeds = feeds_of(program, inputs, [n for n in model.input_names if n in names])
+        return torch.from_numpy(model.run(feeds)[0])
+
+    result: dict[str, Any] = as_dict(evaluator.compare(forward))
+    result["realised"] = {
+        "ffn_active": artifact.report["ffn_active"],
+        "budget": artifact.report["budget"]["realised"],
+        "skip": 0.0,
+    }
+    return result
+
+
+def dense_artifact(artifact: Artifact, override: str | None, progress: Progress) -> Path:
+    """A dense artifact at the same width: given, cached, or made from the source.
+
+    Made ones are kept under ``$XDG_CACHE_HOME/carve`` by the source's hash and the width.
+    """
+    from carve.config import ConvertConfig
+    from carve.pipeline import convert
+    from carve.version import __version__
+
+    if override and (Path(override) / "manifest.json").is_file():
+        return Path(override)
+    source = source_of(artifact, override)
+    bits = artifact.manifest["targets"]["onnx-cpu"]["bits"]
+    key = str(artifact.manifest["source"]["sha256"])[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carve"
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f"dense-{key}-{bits}-{__version__}"
+    if not (path / "manifest.json").is_file():
+        convert(source, path, ConvertConfig(budget=1.0, bits=bits), progress=progress)
+    return path
+
+
+def bench_artifact(
+    path: Path,
+    *,
+    dense: str | None = None,
+    threads: int | None = None,
+    repeats: int = 5,
+    tokens: int = 24,
+    context: int = 50,
+    prefill: int = 256,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Time decode and prefill of an artifact and of its dense original in turn.
+
+    Both run in this process through ``carve_runtime``. One uncounted pair warms up; the ratio is
+    the median over pairs, so a change of the machine's speed falls on both sides.
+
+    Raises:
+        UserError: not a decoder, or the context is longer than the model's.
+    """
+    import carve_runtime
+
+    artifact = Artifact.open(path)
+    if artifact.manifest["kind"] != "decoder":
+        raise UserError("kind", "bench times decoders", "for an encoder use carve eval")
+    limit = artifact.manifest["model"]["max_length"]
+    if context + tokens > limit or prefill > limit:
+        raise UserError("context", f"the model's context is {limit} tokens", "give a smaller --context")
+    count = threads or len(os.sched_getaffinity(0))
+    models = {
+        "dense": carve_runtime.load(dense_artifact(artifact, dense, progress), threads=count),
+        "routed": carve_runtime.load(path, threads=count),
+    }
+    figures: dict[str, dict[str, list[float]]] = {k: {"dense": [], "routed": []} for k in ("decode", "prefill")}
+    for i in progress(range(repeats + 1), "pairs"):
+        order = ("dense", "routed") if i % 2 else ("routed", "dense")
+        for kind in order:
+            speed = _decode(models[kind], tokens, context)
+            if i:
+                figures["decode"][kind].append(speed)
+        for kind in order:
+            speed = _prefill(models[kind], prefill)
+            if i:
+                figures["prefill"][kind].append(speed)
+    result: dict[str, Any] = {
+        "bits": artifact.manifest["targets"]["onnx-cpu"]["bits"],
+        "threads": count,
+        "repeats": repeats,
+        "context": context,
+        "prefill_tokens": prefill,
+    }
+    for key, both in figures.items():
+        pairs = [r / d for d, r in zip(both["dense"], both["routed"], strict=True)]
+        result[key] = {
+            "dense": statistics.median(both["dense"]),
+            "routed": statistics.median(both["routed"]),
+            "ratio": statistics.median(pairs),
+        }
+    return result
+
+
+def _prompt(model: carve_runtime.Model, length: int) -> list[int]:
+    """Token ids spread over the vocabulary, so that routings differ."""
+    size = model.manifest.model.vocab_size
+    return [(7919 * i + 13) % size for i in range(length)]
+
+
+def _decode(model: carve_runtime.Model, tokens: int, context: int) -> float:
+    session = model.start()
+    session.step(_prompt(model, max(1, context)))
+    ids = _prompt(model, tokens)
+    began = time.perf_counter()
+    for i in ids:
+        session.step([i])
+    return tokens / (time.perf_counter() - began)
+
+
+def _prefill(model: carve_runtime.Model, length: int) -> float:
+    session = model.start()
+    began = time.perf_counter()
+    session.step(_prompt(model, length))
+    return length / (time.perf_counter() - began)

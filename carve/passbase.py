@@ -1,0 +1,188 @@
+"""What a pass is, and what runs it: contracts before and after, a verifier in between."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from carve.budget import Split
+from carve.calibration import Batch, SiteInputs
+from carve.errors import CarveError
+from carve.program import FFNSite, Program
+
+log = logging.getLogger(__name__)
+ConfigT = TypeVar("ConfigT")
+Progress = Callable[[Sequence[Any], str], Iterator[Any]]
+
+
+def silent(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """A `Progress` that shows nothing."""
+    return iter(items)
+
+
+@dataclass
+class Context:
+    """What passes share besides the program.
+
+    ``inputs`` are what the dense program's FFNs see on the calibration text; ``splits`` the widths
+    by site; ``seed`` feeds every random choice; ``judge`` gives the loss of a program against the
+    dense one on calibration text, end to end (KL, or 1 - cosine).
+    """
+
+    batches: Sequence[Batch]
+    inputs: SiteInputs
+    splits: dict[str, Split]
+    seed: int = 0
+    progress: Progress = silent
+    judge: Callable[[Program], float] | None = None
+
+    def generator(self, salt: str) -> torch.Generator:
+        """A random generator that depends on the seed and on ``salt`` alone."""
+        value = sum(ord(c) * 257**i for i, c in enumerate(salt)) + self.seed
+        return torch.Generator().manual_seed(value % (1 << 62))
+
+
+@dataclass
+class PassResult:
+    """One pass's record for the report."""
+
+    name: str
+    seconds: float
+    peak_rss_mb: float
+    metrics: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, float] | None = None
+
+
+class ContractError(CarveError):
+    """A pass was run where it cannot run, or did not give what it promises."""
+
+
+class Pass(ABC, Generic[ConfigT]):
+    """A rewrite of the program.
+
+    ``requires`` and ``ensures`` raise `ContractError`; ``call`` changes the program and gives its
+    metrics as a dataclass. Passes never import one another and leave what later ones need in
+    ``program.notes``.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Check that the pass can run."""
+
+    @abstractmethod
+    def call(self, program: Program, context: Context) -> Any:
+        """Rewrite the program; returns the metrics, a dataclass."""
+
+    def ensures(self, program: Program, context: Context) -> None:
+        """Check what the pass guarantees."""
+
+
+def peak_rss_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def need_notes(program: Program, key: str, by: str) -> Any:
+    """A note that an earlier pass left.
+
+    Raises:
+        ContractError: it is not there.
+    """
+    if key not in program.notes:
+        raise ContractError("contract", f"{by} needs the note {key!r}", f"run the {key} pass before")
+    return program.notes[key]
+
+
+def need_routed(site: FFNSite, by: str) -> Any:
+    """The routed weights of a carved site.
+
+    Raises:
+        ContractError: the site is dense.
+    """
+    if site.routed is None:
+        raise ContractError("contract", f"{by} needs {site.name} carved", "run the carve pass before")
+    return site.routed
+
+
+class PassManager:
+    """Runs passes in order with their contracts and the verifier.
+
+    Args:
+        passes: the pipeline.
+        verify: after each pass, check the graph and that every expert on equals dense.
+        measure: quality after each pass, or None.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[Pass[Any]],
+        *,
+        verify: bool = True,
+        measure: Callable[[Program], dict[str, float]] | None = None,
+    ) -> None:
+        self.passes, self.verify, self.measure = passes, verify, measure
+
+    def __call__(self, program: Program, context: Context) -> list[PassResult]:
+        """Run all passes.
+
+        Raises:
+            ContractError: a contract does not hold; the message names the pass and those before.
+        """
+        done: list[PassResult] = []
+        for p in self.passes:
+            began = time.monotonic()
+            try:
+                p.requires(program, context)
+                metrics = p.call(program, context)
+                p.ensures(program, context)
+                if self.verify:
+                    verify(program, context)
+            except CarveError as e:
+                before = ", ".join(r.name for r in done) or "none"
+                raise type(e)(e.code, f"pass {p.name} (after: {before}): {e.message}", e.hint) from e
+            seconds = time.monotonic() - began
+            record = PassResult(
+                p.name,
+                round(seconds, 2),
+                round(peak_rss_mb(), 1),
+                asdict(metrics) if is_dataclass(metrics) and not isinstance(metrics, type) else {},
+            )
+            if self.measure is not None:
+                record.quality = self.measure(program)
+            log.info("%s: %.1f s", p.name, seconds)
+            done.append(record)
+        return done
+
+
+def verify(program: Program, context: Context, tokens: int = 64) -> None:
+    """Check that the graph is well formed and that all experts on give the dense FFN.
+
+    Raises:
+        ContractError: naming the site and the relative error.
+    """
+    program.module.graph.lint()
+    for site in program.sites:
+        if site.routed is None:
+            continue
+        x = context.inputs.of(site, tokens)
+        want = site.dense(x)
+        got = site.routed.with_top_k(site.routed.num_experts)(x)
+        error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+        # bf16 weights round every partial sum, and the routed FFN has more of them.
+        bound = 1e-4 if site.dense.up.dtype == torch.float32 else 3e-2
+        if not error <= bound:
+            raise ContractError(
+                "verify",
+                f"{site.name}: with every expert on the routed FFN differs from the dense one by {error:.2e}",
+            )

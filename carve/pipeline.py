@@ -1,0 +1,358 @@
+"""From a model to an artifact: the whole conversion, read from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carve import artifact as art
+from carve.artifact import Artifact
+from carve.config import ConvertConfig, build, to_toml
+from carve.errors import UserError
+from carve.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from carve.calibration import Batch
+    from carve.passbase import Pass, PassResult, Progress
+    from carve.program import Program
+
+log = logging.getLogger(__name__)
+
+
+def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
+    """The pipeline as one list."""
+    from carve import passes as p
+
+    def make(cls: type[Any], settings: type[Any]) -> Any:
+        return cls(build(settings, cls.name, config.passes.get(cls.name, {})))
+
+    router = (
+        make(p.RouteRidge, p.RouteRidgeConfig)
+        if config.router == "ridge"
+        else make(p.RouteAnalytical, p.RouteAnalyticalConfig)
+    )
+    return [
+        make(p.Profile, p.ProfileConfig),
+        make(p.Carve, p.CarveConfig),
+        router,
+        make(p.Compensate, p.CompensateConfig),
+    ]
+
+
+def default_tokens(config: ConvertConfig, parameters: int) -> tuple[int, int, int, int]:
+    """Tokens for calibration, the final figures, the figures after each pass, and for judging.
+
+    Small models get what the bundled text holds; a large one as many as about two minutes of
+    forward passes allow on a small machine.
+    """
+    scale = 2e13 / (2 * parameters)
+    calibration = config.tokens or int(min(40_000, max(8_192, scale)))
+    final = config.eval_tokens or int(min(24_000, max(1_024, scale / 8)))
+    return calibration, final, min(final, int(max(512, scale / 32))), int(min(4_096, max(512, scale / 64)))
+
+
+def convert(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    config: ConvertConfig | None = None,
+    *,
+    example: tuple[Tensor, ...] | None = None,
+    calibration: Sequence[Batch] | None = None,
+    held_out: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Artifact:
+    """Turn a dense model into a routed artifact.
+
+    Args:
+        model: a Hugging Face directory, or any ``nn.Module`` with ``example`` inputs.
+        output: the artifact's folder; an artifact there is replaced.
+        config: all settings, or give them as keywords (``budget=0.6, bits=4``).
+        example: example inputs for an ``nn.Module``.
+        calibration: batches for an ``nn.Module`` (a directory uses text).
+        held_out: held-out batches for an ``nn.Module``.
+        progress: shows the work; silent by default.
+        settings: fields of `ConvertConfig`.
+
+    Raises:
+        UserError: the request cannot be served.
+        CarveError: a pass or an emitter failed; nothing is left behind.
+    """
+    config = config or ConvertConfig(**settings)
+    out = Path(output)
+    passes = build_passes(config)
+    art.check_output(out)
+    if isinstance(model, (str, Path)):
+        return _convert_checkpoint(Path(model), out, config, passes, progress)
+    if example is None or calibration is None:
+        raise UserError("module", "an nn.Module needs example inputs and calibration batches")
+    from carve.capture import capture_module
+
+    program = capture_module(model, example)
+    source = {"path": type(model).__name__, "sha256": None}
+    return _Conversion(program, out, config, passes, progress, source).run(
+        calibration, held_out or calibration, None
+    )
+
+
+def _convert_checkpoint(
+    path: Path, out: Path, config: ConvertConfig, passes: list[Pass[Any]], progress: Progress | None
+) -> Artifact:
+    from carve.calibration import load_tokenizer, read_text, text_batches
+    from carve.capture import capture_checkpoint
+    from carve.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    art.check_disk(out, checkpoint.num_parameters * config.bits // 8 + (64 << 20))
+    program = capture_checkpoint(checkpoint)
+    if program.inputs[0] != "input_ids":
+        raise UserError(
+            "text",
+            f"{checkpoint.architecture} takes no text to calibrate on",
+            "convert it from Python: carve.convert(module, example=..., calibration=...)",
+        )
+    tokenizer = load_tokenizer(path)
+    _check_vocabulary(program, tokenizer.get_vocab_size())
+    length = min(config.length, _max_length(program.config))
+    tokens, final, _, _ = default_tokens(config, checkpoint.num_parameters)
+    batches = text_batches(program, tokenizer, read_text(config.calibration, "calibration.txt"), length, tokens)
+    held = text_batches(program, tokenizer, read_text(config.evaluation, "evaluation.txt"), length, final)
+    source = {"path": str(path), "sha256": checkpoint.sha256()}
+    return _Conversion(program, out, config, passes, progress, source).run(batches, held, path)
+
+
+def _max_length(config: dict[str, Any]) -> int:
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(config.get(key), int):
+            # RoBERTa keeps two positions for its padding index.
+            return int(config[key]) - (2 if config.get("model_type") in ("roberta", "xlm-roberta") else 0)
+    return 2048
+
+
+def _check_vocabulary(program: Program, size: int) -> None:
+    vocabulary = program.config.get("vocab_size")
+    if isinstance(vocabulary, int) and size > vocabulary:
+        raise UserError(
+            "tokenizer",
+            f"the tokenizer has {size} entries, the model {vocabulary}",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+class _Conversion:
+    """State of one conversion while it runs."""
+
+    def __init__(
+        self,
+        program: Program,
+        out: Path,
+        config: ConvertConfig,
+        passes: list[Pass[Any]],
+        progress: Progress | None,
+        source: dict[str, Any],
+    ) -> None:
+        from carve.passbase import silent
+
+        self.program, self.out, self.config = program, out, config
+        self.passes = [] if config.is_dense else passes
+        self.progress = progress or silent
+        self.source = source
+        self.began = time.monotonic()
+
+    def run(self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None) -> Artifact:
+        """Carve, emit, check, and put the artifact in place."""
+        from carve.evaluate import Evaluator, as_dict
+        from carve.passbase import PassManager
+
+        program = self.program
+        parameters = sum(p.numel() for p in program.module.parameters())
+        _, _, after_pass, judged = default_tokens(self.config, parameters)
+        results: list[PassResult] = []
+        quality: dict[str, Any] | None = None
+        if self.passes:
+            context = self._context(batches, judged)
+            evaluator = Evaluator(program, list(self.progress(held, "dense model")))
+            small = evaluator.limited(after_pass)
+            manager = PassManager(self.passes, measure=lambda p: as_dict(small(p)))
+            results = manager(program, context)
+            quality = as_dict(evaluator(program))
+            realised = realised_share(program, held[:4])
+        else:
+            realised = {"budget": 1.0, "ffn_active": 1.0}
+        with art.staged(self.out) as stage:
+            emitted, emit_record = self._emit(stage, held)
+            report = self._report(results, emit_record, quality, realised)
+            self._write(stage, emitted, report, folder)
+            art.sync(stage)
+        return Artifact.open(self.out)
+
+    def _context(self, batches: Sequence[Batch], judged: int) -> Any:
+        from carve.budget import plan_widths
+        from carve.calibration import SiteInputs
+        from carve.evaluate import Evaluator
+        from carve.passbase import Context
+
+        c = self.config
+        splits = plan_widths(self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k)
+        judge = Evaluator(self.program, batches).limited(judged)
+        inputs = SiteInputs.collect(
+            self.program, batches, lambda items: self.progress(items, "calibration")
+        )
+        return Context(batches, inputs, splits, c.seed, self.progress, lambda p: judge.loss(p))
+
+    def _emit(self, stage: Path, held: Sequence[Batch]) -> tuple[Any, dict[str, Any]]:
+        from carve.emit.onnx import emit
+        from carve.parity import check_parity
+        from carve.passbase import peak_rss_mb
+
+        began = time.monotonic()
+        (stage / "onnx").mkdir()
+        emitted = emit(self.program, stage / "onnx" / "model.onnx", self.config.bits)
+        prompts = [_head(self.program, b) for b in (held[0], held[len(held) // 2])]
+        parity = check_parity(self.program, emitted.path, prompts, self.config.bits)
+        record = {
+            "name": "emit onnx-cpu",
+            "seconds": round(time.monotonic() - began, 2),
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+            "metrics": {"parity": asdict(parity)},
+            "quality": None,
+        }
+        return emitted, record
+
+    def _report(
+        self,
+        results: list[PassResult],
+        emitted: dict[str, Any],
+        quality: dict[str, Any] | None,
+        realised: dict[str, float],
+    ) -> dict[str, Any]:
+        from carve.passbase import peak_rss_mb
+
+        p = self.program
+        return {
+            "budget": {"asked": self.config.budget, "realised": realised["budget"]},
+            "ffn_active": realised["ffn_active"],
+            "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
+            "quality": quality,
+            "bits": self.config.bits,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+            "passes": [*(asdict(r) for r in results), emitted],
+        }
+
+    def _write(self, stage: Path, emitted: Any, report: dict[str, Any], folder: Path | None) -> None:
+        from carve.checkpoint import TOKENIZER_FILES
+        from carve.emit.genai import genai_config
+
+        (stage / "passes").mkdir()
+        for i, record in enumerate(report["passes"]):
+            name = record["name"].replace(" ", "-")
+            art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
+        (stage / "recipe.toml").write_text(to_toml(self.config), encoding="utf-8")
+        for name in TOKENIZER_FILES if folder is not None else ():
+            if (folder / name).is_file():  # type: ignore[operator]
+                shutil.copyfile(folder / name, stage / name)  # type: ignore[operator]
+        facts = model_facts(self.program, emitted.shared_cache, folder)
+        if self.program.kind == "decoder" and emitted.shared_cache:
+            art.write_json(stage / "genai_config.json", genai_config(self.program, facts))
+        size = sum(p.stat().st_size for p in (stage / "onnx").iterdir())
+        report["bytes"] = size
+        art.write_json(stage / "report.json", report)
+        manifest = {
+            "schema": art.SCHEMA,
+            "carve": __version__,
+            "kind": self.program.kind,
+            "source": self.source,
+            "model": facts,
+            "targets": {"onnx-cpu": {"model": "onnx/model.onnx", "bits": self.config.bits}},
+            "files": art.hashes(stage),
+        }
+        art.write_json(stage / art.MANIFEST, manifest)
+
+
+def _head(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tuple[Tensor, ...]:
+    """A small prompt from a held-out batch."""
+    if program.kind == "decoder":
+        ids, position = (t[:rows, :tokens].contiguous() for t in batch.inputs[:2])
+        return (ids, position, *program.empty_cache(len(ids)))
+    return tuple(t[:rows] for t in batch.inputs)
+
+
+def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
+    """The budget as held-out tokens really use it: experts counted token by token."""
+    from carve.dialect import select
+    from carve.program import FFNSite
+
+    used: dict[str, float] = {}
+    seen: dict[str, int] = {}
+
+    def count(site: FFNSite, x: Tensor) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        seen[site.name] = seen.get(site.name, 0) + len(flat)
+        if site.routed is None:
+            neurons, router = site.dense.intermediate_size * len(flat), 0
+        else:
+            r = site.routed
+            chosen = float(select(r.logits(flat), r.top_k).sum())
+            neurons = int(r.shared_size * len(flat) + chosen * r.expert_size)
+            router = (r.router.numel() * (1 if r.router_gate is None else 2)) * len(flat)
+        used[site.name] = used.get(site.name, 0.0) + neurons * _neuron_macs(site) + router
+
+    for batch in batches:
+        program.run(*batch.inputs, observe=count)
+    ffn = sum(used[s.name] / seen[s.name] for s in program.sites)
+    dense_ffn = sum(s.dense.macs for s in program.sites)
+    return {
+        "budget": (program.attention_macs + ffn) / program.dense_macs,
+        "ffn_active": ffn / dense_ffn,
+    }
+
+
+def _neuron_macs(site: Any) -> int:
+    return int(site.dense.macs // site.dense.intermediate_size)
+
+
+def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> dict[str, Any]:
+    """What a runtime has to know about the model."""
+    from carve.checkpoint import read_json
+
+    c = program.config
+    facts: dict[str, Any] = {
+        "vocab_size": c.get("vocab_size"),
+        "max_length": _max_length(c),
+        "bos_token_id": c.get("bos_token_id"),
+        "eos_token_ids": _ids(c.get("eos_token_id")),
+        "pooling": None,
+        "normalize": False,
+    }
+    if folder is not None and (folder / "generation_config.json").is_file():
+        facts["eos_token_ids"] = _ids(read_json(folder / "generation_config.json").get("eos_token_id")) or facts["eos_token_ids"]
+    if program.kind == "decoder":
+        key = program.example[2]
+        facts |= {
+            "num_layers": (len(program.inputs) - 2) // 2,
+            "num_key_value_heads": key.shape[1],
+            "head_dim": key.shape[3],
+            "shared_cache": shared_cache,
+        }
+    elif folder is not None:
+        pooling = folder / "1_Pooling" / "config.json"
+        cls = pooling.is_file() and bool(read_json(pooling).get("pooling_mode_cls_token"))
+        facts["pooling"] = "cls" if cls else "mean"
+        facts["normalize"] = (folder / "modules.json").is_file() and "Normalize" in (
+            folder / "modules.json"
+        ).read_text(encoding="utf-8")
+    return facts
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]

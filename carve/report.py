@@ -1,0 +1,91 @@
+"""Reports as plain text tables; the figures are those of ``report.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as aligned columns: the first left, the others right; a rule under the head."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * w for w in widths), *(line(r) for r in rows[1:])])
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def render(report: dict[str, Any]) -> str:
+    """A conversion's report: the whole, then a line a pass."""
+    macs, quality = report["macs"], report["quality"] or {}
+    budget = report["budget"]
+    asked = "-" if budget["asked"] is None else f"{budget['asked']:.3f}"
+    head = [
+        ["", "dense", "routed", "ratio"],
+        [
+            "multiply-accumulates a token, blocks",
+            f"{macs['dense'] / 1e6:.2f} M",
+            f"{macs['routed'] / 1e6:.2f} M",
+            f"{budget['realised']:.3f}",
+        ],
+    ]
+    if "perplexity" in quality:
+        old, new = quality["dense_perplexity"], quality["perplexity"]
+        head.append(["perplexity, held-out text", f"{old:.2f}", f"{new:.2f}", f"{new / old:.3f}"])
+    lines = [
+        f"budget asked {asked}, realised {budget['realised']:.3f}; "
+        f"FFN active {report['ffn_active']:.3f}; {report['bits']} bits; "
+        f"{report.get('bytes', 0) / 1e6:.1f} MB; {report['seconds']:.0f} s; "
+        f"peak {report['peak_rss_mb'] / 1e3:.2f} GB",
+        "",
+        table(head),
+        "",
+    ]
+    encoder = any("cosine_mean" in (p["quality"] or {}) for p in report["passes"])
+    names = ["cosine_mean", "cosine_p5"] if encoder else ["perplexity", "kl", "top1_agreement"]
+    rows = [["pass", "seconds", "peak MB", *names]]
+    for p in report["passes"]:
+        q = p["quality"] or {}
+        rows.append(
+            [
+                p["name"],
+                f"{p['seconds']:.1f}",
+                f"{p['peak_rss_mb']:.0f}",
+                *(_number(q.get(n), 4 if n != "perplexity" else 2) for n in names),
+            ]
+        )
+    if quality:
+        rows.append(["all held-out text", "", "", *(_number(quality.get(n), 4 if n != "perplexity" else 2) for n in names)])
+    lines.append(table(rows))
+    return "\n".join(lines)
+
+
+def figures(result: dict[str, Any]) -> str:
+    """A flat table of an evaluation's figures."""
+    rows = [["figure", "value"]]
+    for key, value in result.items():
+        if isinstance(value, dict):
+            rows += [[f"{key}.{k}", _number(v, 4)] for k, v in value.items()]
+        else:
+            rows.append([key, _number(value, 4)])
+    return table(rows)
+
+
+def bench_table(result: dict[str, Any]) -> str:
+    """Decode and prefill, dense beside routed."""
+    rows = [["", "dense tok/s", "routed tok/s", "ratio"]]
+    for key in ("decode", "prefill"):
+        part = result[key]
+        rows.append([key, f"{part['dense']:.1f}", f"{part['routed']:.1f}", f"{part['ratio']:.3f}"])
+    notes = (
+        f"{result['bits']} bits, {result['threads']} threads, {result['repeats']} interleaved pairs; "
+        f"decode after {result['context']} tokens, prefill of {result['prefill_tokens']} tokens; medians"
+    )
+    return f"{table(rows)}\n{notes}"

@@ -1,0 +1,98 @@
+"""Ridge router: a linear map, in closed form, to what each expert would contribute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from carve.passbase import Context, Pass, need_notes, need_routed
+from carve.program import FFNSite, Program
+from carve.statistics import expert_energy, ridge
+
+
+@dataclass(frozen=True)
+class RouteRidgeConfig:
+    """Settings of `RouteRidge`.
+
+    ``tokens``: calibration tokens at the most. ``strengths``: ridge strengths tried, as a multiple
+    of the mean diagonal of the Gram matrix; the one of least held-out loss wins. ``power``: the
+    target is the norm to this power. ``held_out``: share of the tokens that judge.
+    """
+
+    tokens: int = 32768
+    strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    power: float = 0.5
+    held_out: float = 0.2
+
+
+@dataclass(frozen=True)
+class RouteRidgeMetrics:
+    """By site, on tokens held out from the fit.
+
+    ``captured``: energy of the chosen experts as a share of the oracle's; ``agreement``: share of
+    the oracle's experts chosen; ``strength``: the ridge strength that won; ``load_max``: largest
+    share of tokens that one expert takes, over the mean.
+    """
+
+    captured: dict[str, float]
+    agreement: dict[str, float]
+    strength: dict[str, float]
+    load_max: dict[str, float]
+
+
+class RouteRidge(Pass[RouteRidgeConfig]):
+    """Regress each expert's centred contribution on the FFN's input, and choose the largest.
+
+    Target ``n_e(t) = |E_e(x_t) - mean E_e|^power`` (D2DMoE, arXiv 2310.04361, regresses the norm;
+    centring is carve's own, for what is left out leaves its mean behind). With ``X`` ``[T, d]``
+    and ``N`` ``[T, E]``, both centred, ``W = (X'X + lambda I)^-1 X'N`` and
+    ``b = mean N - W mean X``; logits ``x W + b`` ``[T, E]`` in fp32.
+    """
+
+    name = "route_ridge"
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Needs carved sites."""
+        need_notes(program, "carve", self.name)
+
+    def call(self, program: Program, context: Context) -> RouteRidgeMetrics:
+        """Fit the router of every site."""
+        metrics = RouteRidgeMetrics({}, {}, {}, {})
+        for site in context.progress(program.sites, self.name):
+            self._route(program, site, context, metrics)
+        return metrics
+
+    def _route(
+        self, program: Program, site: FFNSite, context: Context, metrics: RouteRidgeMetrics
+    ) -> None:
+        routed = need_routed(site, self.name)
+        top_k = context.splits[site.name].top_k
+        _, groups = program.notes["carve"][site.name]
+        x = context.inputs.of(site, self.config.tokens)
+        energy = expert_energy(site, groups, x, centred=True)
+        target = energy.pow(self.config.power / 2)
+        judge = torch.zeros(len(x), dtype=torch.bool)
+        judge[:: max(2, round(1 / self.config.held_out))] = True
+        fitted = [
+            (s, *ridge(x[~judge], target[~judge], s)) for s in self.config.strengths
+        ]
+
+        def captured(w: Tensor, b: Tensor) -> float:
+            chosen = (x[judge] @ w.T + b).topk(top_k, 1).indices
+            best = energy[judge].topk(top_k, 1).values.sum()
+            return float(energy[judge].gather(1, chosen).sum() / best.clamp_min(1e-30))
+
+        strength, w, b = max(fitted, key=lambda f: captured(f[1], f[2]))
+        metrics.captured[site.name] = captured(w, b)
+        # The judged tokens join the fit once the strength is known.
+        w, b = ridge(x, target, strength)
+        new = replace(routed, router=w, router_bias=b, router_gate=None, top_k=top_k)
+        program.set_routed(site, new)
+        oracle = torch.zeros_like(energy).scatter_(1, energy.topk(top_k, 1).indices, 1.0)
+        chosen = new.logits(x).topk(top_k, 1).indices
+        metrics.agreement[site.name] = float(oracle.gather(1, chosen)[judge].mean())
+        metrics.strength[site.name] = strength
+        load = torch.zeros(len(groups)).index_add_(0, chosen.flatten(), torch.ones(chosen.numel()))
+        metrics.load_max[site.name] = float(load.max() / load.mean())

@@ -1,0 +1,168 @@
+"""A decoder's key-value cache and its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carve_runtime.engine import Engine, value
+from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.manifest import ModelInfo
+
+_FIRST_CAPACITY = 256
+_SHRINK_FROM = 64
+
+
+def check_decoder(engine: Engine, info: ModelInfo) -> None:
+    """Check that a graph has the inputs and outputs that a decoder's manifest promises.
+
+    Raises:
+        ArtifactError: ``model`` when it has not.
+    """
+
+    def refuse(what: str) -> ArtifactError:
+        return ArtifactError(
+            "model", f"the ONNX graph does not match the manifest: {what}", "compile it again"
+        )
+
+    known = {"input_ids", "attention_mask", "position_ids"}
+    logits = engine.outputs.get("logits")
+    if "input_ids" not in engine.inputs or logits is None:
+        raise refuse("it must have input_ids and logits")
+    if not logits.is_float32(None, None, info.vocab_size):
+        raise refuse(f"logits are {logits.dtype} {logits.shape}, vocab_size is {info.vocab_size}")
+    if info.shared_cache and "attention_mask" not in engine.inputs:
+        raise refuse("a shared cache needs attention_mask to know the valid length")
+    cache = (None, info.num_key_value_heads, None, info.head_dim)
+    for past, present in cache_names(info):
+        known.add(past)
+        for ports, name in ((engine.inputs, past), (engine.outputs, present)):
+            if name not in ports or not ports[name].is_float32(*cache):
+                raise refuse(f"{name} must be float32 with shape {cache}")
+    if engine.inputs.keys() - known:
+        raise refuse(f"unknown inputs {sorted(engine.inputs.keys() - known)}")
+
+
+def cache_names(info: ModelInfo) -> list[tuple[str, str]]:
+    """The (past, present) names of every cache tensor, keys and values layer by layer."""
+    return [
+        (f"past_key_values.{layer}.{part}", f"present.{layer}.{part}")
+        for layer in range(info.num_layers)
+        for part in ("key", "value")
+    ]
+
+
+class Session:
+    """One sequence being decoded, with a cache of its own.
+
+    Sessions of one model may run in different threads at once; one session may not.
+    """
+
+    def __init__(self, engine: Engine, info: ModelInfo) -> None:
+        self._engine, self._info = engine, info
+        self._names = cache_names(info)
+        self._length = 0
+        self._capacity = 0
+        empty = np.zeros((1, info.num_key_value_heads, 0, info.head_dim), np.float32)
+        self._buffers = [empty] * len(self._names)  # shared cache: past and present at once
+        self._values = [value(empty)] * len(self._names)  # growing cache: the latest present
+        self._binding: Any = engine.binding()
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def step(self, ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
+        """Append tokens to the sequence.
+
+        Args:
+            ids: [S] token ids, S >= 1: a prompt or a part of it, or the latest token.
+
+        Returns:
+            Logits float32 [S, V] that predict the token after each of ``ids``.
+
+        Raises:
+            RequestError: ``token-id`` for ids that are not integers in the vocabulary,
+                ``context-length`` when the sequence would pass the model's maximum. The
+                session is unchanged then.
+        """
+        tokens = check_ids(ids, self._info.vocab_size)
+        total = self._length + tokens.size
+        if total > self._info.max_length:
+            raise RequestError(
+                "context-length",
+                f"{total} tokens do not fit the model's context of {self._info.max_length}",
+                "shorten the prompt",
+            )
+        feeds = {
+            "input_ids": tokens[None],
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
+        }
+        feeds = {name: array for name, array in feeds.items() if name in self._engine.inputs}
+        if self._info.shared_cache:
+            logits = self._step_shared(feeds, tokens.size, total)
+        else:
+            logits = self._step_growing(feeds)
+        self._length = total
+        row: NDArray[np.float32] = logits[0]
+        return row
+
+    def _step_growing(self, feeds: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        values = {name: value(array) for name, array in feeds.items()}
+        pasts = {past: v for (past, _), v in zip(self._names, self._values, strict=True)}
+        outputs = ["logits", *(present for _, present in self._names)]
+        logits, *self._values = self._engine.run_values(outputs, values | pasts)
+        array: NDArray[np.float32] = logits.numpy()
+        return array
+
+    def _step_shared(
+        self, feeds: dict[str, NDArray[np.int64]], steps: int, total: int
+    ) -> NDArray[np.float32]:
+        if total > self._capacity:
+            self._grow(total)
+        binding = self._binding
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        # A fresh array each step: the caller may keep it.
+        logits = np.empty((1, steps, self._info.vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", value(logits))
+        self._engine.run_bound(binding, shrink=steps >= _SHRINK_FROM)
+        return logits
+
+    def _grow(self, total: int) -> None:
+        """Make room for ``total`` tokens; every doubling copies what is valid once."""
+        capacity = min(max(_FIRST_CAPACITY, 2 * self._capacity, total), self._info.max_length)
+        heads, width = self._info.num_key_value_heads, self._info.head_dim
+        for index, (past, present) in enumerate(self._names):
+            # zeros, not empty: the pages are not touched before they are written either way,
+            # and no operator can meet a NaN that an earlier owner of the memory left.
+            buffer = np.zeros((1, heads, capacity, width), np.float32)
+            buffer[:, :, : self._length] = self._buffers[index][:, :, : self._length]
+            self._buffers[index] = buffer
+            shared = value(buffer)
+            self._binding.bind_ortvalue_input(past, shared)
+            self._binding.bind_ortvalue_output(present, shared)
+        self._capacity = capacity
+
+
+def check_ids(ids: Sequence[int] | NDArray[np.integer], vocab_size: int) -> NDArray[np.int64]:
+    """Return token ids as int64 [S], S >= 1.
+
+    Raises:
+        RequestError: ``token-id`` when they are not integers from 0 to ``vocab_size - 1``.
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise RequestError("token-id", "token ids must be a non-empty sequence of integers")
+    if array.min() < 0 or array.max() >= vocab_size:
+        raise RequestError(
+            "token-id",
+            f"token ids run from {array.min()} to {array.max()}, "
+            f"but the model's vocabulary ends at {vocab_size - 1}",
+        )
+    return array.astype(np.int64)
