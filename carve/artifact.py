@@ -39,7 +39,9 @@ class Artifact:
         if not root.is_dir():
             raise UserError("not-found", f"{root}: no such directory")
         if not (root / MANIFEST).is_file():
-            raise UserError("not-artifact", f"{root} holds no {MANIFEST}", "make one with carve convert")
+            raise UserError(
+                "not-artifact", f"{root} holds no {MANIFEST}", "make one with carve convert"
+            )
         return cls(root, read_json(root / MANIFEST), read_json(root / "report.json"))
 
 
@@ -49,7 +51,11 @@ def check_output(path: Path) -> None:
     Raises:
         UserError: it exists and is no artifact, or its parent cannot be written to.
     """
-    if path.exists() and not (path / MANIFEST).is_file() and (path.is_file() or any(path.iterdir())):
+    if (
+        path.exists()
+        and not (path / MANIFEST).is_file()
+        and (path.is_file() or any(path.iterdir()))
+    ):
         raise UserError("output", f"{path} exists and is no carve artifact", "choose another -o")
     parent = path.resolve().parent
     if not parent.is_dir():
@@ -95,7 +101,9 @@ def staged(path: Path) -> Iterator[Path]:
     except OSError as e:
         if e.errno == 28:
             raise UserError(
-                "disk-full", f"the disk is full: {e.filename or stage}", "free some room and convert again"
+                "disk-full",
+                f"the disk is full: {e.filename or stage}",
+                "free some room and convert again",
             ) from e
         raise CarveError("write", f"{path} could not be written: {e}") from e
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ def balanced_assignment(cost: Tensor, capacity: int) -> Tensor:
     size = np.array([len(m) for m in members])
     while (size > capacity).any():
         path = _cheapest_path(step, size > capacity, size < capacity)
-        for g, h in zip(path, path[1:], strict=False):
+        for g, h in pairwise(path):
             item = int(mover[g, h])
             members[g].remove(item)
             members[h].add(item)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from carve.errors import UserError
 from carve.program import FFNSite, Program
 
-BLOCK = 32  # block-wise kernels quantize 32 weights of a row together, so widths are multiples of it
+BLOCK = (
+    32  # block-wise kernels quantize 32 weights of a row together, so widths are multiples of it
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def splits_of(site: FFNSite, num_experts: int | None, top_k: int | None) -> list
     """
     size = site.dense.intermediate_size
     unit = BLOCK if size % BLOCK == 0 and size >= 8 * BLOCK else max(1, size // 32)
-    experts = [num_experts] if num_experts else [e for e in range(8, 33, 2)]
+    experts = [num_experts] if num_experts else list(range(8, 33, 2))
     actives = [top_k] if top_k else [4]
     found = []
     for e in experts:
@@ -100,7 +102,9 @@ def choose_split(
     return min(fitting, key=cost)
 
 
-def least_budget(program: Program, num_experts: int | None = None, top_k: int | None = None) -> float:
+def least_budget(
+    program: Program, num_experts: int | None = None, top_k: int | None = None
+) -> float:
     """The smallest budget that any choice of widths reaches."""
     least = sum(
         min((macs_of(s, o) for o in splits_of(s, num_experts, top_k)), default=s.dense.macs)
@@ -132,7 +136,9 @@ def plan_widths(
     """
     asked = ffn_active if ffn_active is not None else budget
     if asked is None or not 0.0 < asked <= 1.0:
-        raise UserError("budget", f"the budget is {asked}; it has to be in (0, 1]", "try --budget 0.6")
+        raise UserError(
+            "budget", f"the budget is {asked}; it has to be in (0, 1]", "try --budget 0.6"
+        )
     ffn = sum(s.dense.macs for s in program.sites)
     if ffn_active is None:
         share = (asked * program.dense_macs - program.attention_macs) / ffn
@@ -141,12 +147,16 @@ def plan_widths(
             raise UserError(
                 "budget",
                 f"budget {asked} cannot be reached by carving the FFNs; the least is {least:.3f}",
-                f"the attention projections alone are {program.attention_macs / program.dense_macs:.3f}",
+                f"attention alone is {program.attention_macs / program.dense_macs:.3f}",
             )
     else:
         share = asked
-    slack = {s.name: s.dense.up.shape[1] * 32 if ffn_active is not None else 0 for s in program.sites}
+    slack = {
+        s.name: s.dense.up.shape[1] * 32 if ffn_active is not None else 0 for s in program.sites
+    }
     return {
-        s.name: choose_split(s, share * s.dense.macs + slack[s.name], shared_share, num_experts, top_k)
+        s.name: choose_split(
+            s, share * s.dense.macs + slack[s.name], shared_share, num_experts, top_k
+        )
         for s in program.sites
     }

@@ -37,7 +37,9 @@ def read_text(path: str | Path | None, default: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError("text", f"{file} cannot be read as text: {e}", "give a UTF-8 text file") from e
+        raise UserError(
+            "text", f"{file} cannot be read as text: {e}", "give a UTF-8 text file"
+        ) from e
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -90,13 +92,15 @@ def token_rows(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> Ten
 def decoder_batches(program: Program, rows: Tensor, size: int) -> list[Batch]:
     """Batches of a decoder's inputs with an empty cache."""
     batches = []
-    for part in rows.split(size):
+    for part in torch.split(rows, size):
         position = torch.arange(part.shape[1])[None].repeat(part.shape[0], 1)
         batches.append(Batch((part, position, *program.empty_cache(part.shape[0]))))
     return batches
 
 
-def sentence_batches(tokenizer: Tokenizer, sentences: Sequence[str], length: int, size: int) -> list[Batch]:
+def sentence_batches(
+    tokenizer: Tokenizer, sentences: Sequence[str], length: int, size: int
+) -> list[Batch]:
     """Batches of an encoder's inputs, padded to the longest sentence of the batch."""
     encoded = [e.ids[:length] for e in tokenizer.encode_batch(list(sentences))]
     batches = []
@@ -118,7 +122,9 @@ def sentences_of(text: str, limit: int) -> list[str]:
     return [pieces[i * len(pieces) // limit] for i in range(limit)]
 
 
-def text_batches(program: Program, tokenizer: Tokenizer, text: str, length: int, tokens: int) -> list[Batch]:
+def text_batches(
+    program: Program, tokenizer: Tokenizer, text: str, length: int, tokens: int
+) -> list[Batch]:
     """Batches from a text for a decoder or a text encoder.
 
     Raises:
@@ -127,11 +133,15 @@ def text_batches(program: Program, tokenizer: Tokenizer, text: str, length: int,
     if program.kind == "decoder":
         return decoder_batches(program, token_rows(tokenizer, text, length, tokens), 8)
     if program.inputs[:1] != ["input_ids"]:
-        raise UserError("text", "this program takes no text", "give calibration batches from Python")
+        raise UserError(
+            "text", "this program takes no text", "give calibration batches from Python"
+        )
     sentences = sentences_of(text, max(8, tokens // 32))
     if len(sentences) < 8:
         raise UserError(
-            "text-short", "the text holds fewer than 8 paragraphs of 40 characters", "give a longer text"
+            "text-short",
+            "the text holds fewer than 8 paragraphs of 40 characters",
+            "give a longer text",
         )
     return sentence_batches(tokenizer, sentences, length, 32)
 
@@ -153,7 +163,10 @@ class SiteInputs:
         progress: Callable[[Sequence[Batch]], Iterator[Batch]] = iter,
     ) -> SiteInputs:
         """Run the program over the batches and keep the sites' inputs."""
-        tokens = sum(b.inputs[0].shape[0] * (b.inputs[0].shape[1] if b.inputs[0].ndim > 1 else 1) for b in batches)
+        tokens = sum(
+            b.inputs[0].shape[0] * (b.inputs[0].shape[1] if b.inputs[0].ndim > 1 else 1)
+            for b in batches
+        )
         size = tokens * sum(s.dense.up.shape[1] for s in program.sites) * 4
         dtype = torch.float32 if size < 1 << 30 else torch.bfloat16
         parts: dict[str, list[Tensor]] = {s.name: [] for s in program.sites}

@@ -35,14 +35,19 @@ def _cache_of(past: tuple[Tensor, ...]) -> Any:
     """
     from transformers.cache_utils import DynamicCache
 
-    class TracedCache(DynamicCache):  # type: ignore[misc]
+    class TracedCache(DynamicCache):
         def __init__(self) -> None:
             super().__init__()
             self.past = past
             self.present: dict[int, tuple[Tensor, Tensor]] = {}
 
         def update(
-            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+            self,
+            key_states: Tensor,
+            value_states: Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:
             return key_states, value_states
 
@@ -74,7 +79,7 @@ def _register_interface() -> None:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         cache = _ACTIVE[-1]
-        index = int(module.layer_idx)
+        index = int(module.layer_idx)  # type: ignore[arg-type]
         past_key, past_value = cache.past[2 * index], cache.past[2 * index + 1]
         window = sliding_window if sliding_window is not None else 0
         out, k, v = torch.ops.carve.attention(
@@ -185,9 +190,7 @@ def _dtype(node: Any) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def _export(
-    model: nn.Module, example: tuple[Tensor, ...], dynamic: Any
-) -> fx.GraphModule:
+def _export(model: nn.Module, example: tuple[Tensor, ...], dynamic: Any) -> fx.GraphModule:
     """``torch.export`` without gradients; weights in the result are the real ones again."""
     real = _without_memory(model)
     try:
@@ -359,7 +362,8 @@ def capture_module(
     model.eval()
     axes = dynamic if dynamic is not None else tuple({0: DYNAMIC} for _ in example)
     module = _export(_Positional(model), example, (axes,))
-    count = len(module.graph.output_node().args[0])
+    results: Any = module.graph.output_node().args[0]
+    count = len(results)
     outputs = ["output"] if count == 1 else [f"output.{i}" for i in range(count)]
     inputs = [f"input.{i}" for i in range(len(example))] if len(example) > 1 else ["input"]
     return _finish(module, "module", inputs, outputs, example, axes, {})

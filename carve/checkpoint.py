@@ -145,7 +145,7 @@ class Checkpoint:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(
                 "config-mismatch",
-                f"{self.path}: transformers cannot load {self.architecture or 'the model'}: {first}",
+                f"{self.path}: {self.architecture or 'the model'} cannot be loaded: {first}",
                 "the configuration has to name a known architecture and agree with the weights",
             ) from e
         finally:
@@ -160,7 +160,8 @@ class Checkpoint:
         for name, p in model.named_parameters():
             if not bool(torch.isfinite(p).all()):
                 raise UserError("not-finite", f"{self.path}: {name} holds NaN or infinity")
-        return model.eval()
+        loaded: nn.Module = model.eval()
+        return loaded
 
 
 def _weight_files(root: Path) -> tuple[Path, ...]:

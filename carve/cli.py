@@ -20,7 +20,9 @@ log = logging.getLogger("carve")
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="carve", description="Compile a dense transformer into a routed one.")
+    p = argparse.ArgumentParser(
+        prog="carve", description="Compile a dense transformer into a routed one."
+    )
     p.add_argument("--version", action="version", version=f"carve {__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -31,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         return c
 
     c = command("convert", "turn a dense checkpoint into a routed artifact")
-    c.add_argument("model", help="Hugging Face directory (config.json, safetensors, tokenizer.json)")
+    c.add_argument(
+        "model", help="Hugging Face directory (config.json, safetensors, tokenizer.json)"
+    )
     c.add_argument("-o", "--output", help="the artifact's folder (default: MODEL's name + -carved)")
     c.add_argument("--budget", type=float, help="share of the blocks' multiply-accumulates, (0, 1]")
     c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
@@ -39,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")
     c.add_argument("--calibration", help="a text file instead of the bundled text")
     c.add_argument("--recipe", type=Path, help="settings from a TOML file")
-    c.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings")
+    c.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings"
+    )
     c.add_argument("--seed", type=int)
 
     c = command("run", "generate text with an artifact")
@@ -64,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--threads", type=int)
     c.add_argument("--repeats", type=int, default=5, help="interleaved pairs")
     c.add_argument("--tokens", type=int, default=24, help="tokens decoded in each")
-    c.add_argument("--context", type=int, default=50, help="tokens in the cache when decoding starts")
+    c.add_argument(
+        "--context", type=int, default=50, help="tokens in the cache when decoding starts"
+    )
     c.add_argument("--prefill", type=int, default=256)
 
     c = command("report", "what each pass of a conversion did")
@@ -92,7 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if failure is None:
             raise
         if args.json:
-            _out(json.dumps({"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}}))
+            _out(
+                json.dumps(
+                    {
+                        "error": {
+                            "code": failure.code,
+                            "message": failure.message,
+                            "hint": failure.hint,
+                        }
+                    }
+                )
+            )
         hint = f"\n  {failure.hint}" if failure.hint else ""
         sys.stderr.write(f"carve {args.command}: {failure.message}{hint}\n")
         return failure.exit_code
@@ -109,7 +127,9 @@ def _as_error(e: Exception) -> CarveError | None:
     if isinstance(e, CarveError):
         return e
     if type(e).__module__.startswith("carve_runtime"):
-        failure = CarveError(getattr(e, "code", "runtime"), getattr(e, "message", str(e)), getattr(e, "hint", ""))
+        failure = CarveError(
+            getattr(e, "code", "runtime"), getattr(e, "message", str(e)), getattr(e, "hint", "")
+        )
         if type(e).__name__ in ("ArtifactError", "RequestError"):
             failure.exit_code = 2
         return failure
@@ -129,7 +149,7 @@ def _progress(items: Sequence[Any], label: str) -> Iterator[Any]:
         sys.stderr.write(f"{label} ({len(items)})\n")
         yield from items
         return
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     yield from tqdm(items, desc=label, leave=False, file=sys.stderr)
 
@@ -158,7 +178,9 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     r = artifact.report
     result = {
         "artifact": str(output),
-        **{k: r[k] for k in ("budget", "ffn_active", "seconds", "peak_rss_mb", "quality", "passes")},
+        **{
+            k: r[k] for k in ("budget", "ffn_active", "seconds", "peak_rss_mb", "quality", "passes")
+        },
     }
     if not args.json:
         from carve.report import render

@@ -118,7 +118,9 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
     passes: dict[str, dict[str, Any]] = {}
     for section, values in table.items():
         if not isinstance(values, dict):
-            raise UserError("recipe", f"{section!r} stands outside a section", "put it under [convert]")
+            raise UserError(
+                "recipe", f"{section!r} stands outside a section", "put it under [convert]"
+            )
         if section == "convert":
             for key, value in values.items():
                 if key not in _GENERAL:
@@ -182,7 +184,13 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
         if key not in known:
             raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, list(known))}")
         want = type(known[key])
-        fits = isinstance(value, (want, int)) if want is float else isinstance(value, (want, list) if want is tuple else want)
+        fits = (
+            isinstance(value, (want, int))
+            if want is float
+            else isinstance(value, (want, list) if want is tuple else want)
+        )
         if not fits or (isinstance(value, bool) and want is not bool):
-            raise UserError("recipe", f"{section}.{key} = {value!r} has to be of type {want.__name__}")
+            raise UserError(
+                "recipe", f"{section}.{key} = {value!r} has to be of type {want.__name__}"
+            )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

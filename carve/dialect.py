@@ -164,7 +164,11 @@ def routed_ffn(
         h = hidden(flat, shared_gate, shared_gate_bias, shared_up, shared_up_bias, activation)
         y = linear(h, shared_down, output_bias)
     else:
-        y = torch.zeros_like(flat) if output_bias is None else output_bias.to(x.dtype).expand_as(flat)
+        y = (
+            torch.zeros_like(flat)
+            if output_bias is None
+            else output_bias.to(x.dtype).expand_as(flat)
+        )
     chosen = select(router_logits(flat, router, router_bias, router_gate, activation), top_k)
     for e in range(expert_up.shape[0]):
         rows = chosen[:, e].nonzero().squeeze(1)
@@ -186,7 +190,7 @@ def routed_ffn(
 _LIB.impl("routed_ffn", routed_ffn, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("carve::routed_ffn")
+@torch.library.register_fake("carve::routed_ffn")  # type: ignore[untyped-decorator]
 def _(x: Tensor, *args: object) -> Tensor:
     return torch.empty_like(x)
 
@@ -209,7 +213,10 @@ def _differentiable(name: str, function: Callable[..., object]) -> None:
             outputs = [y] if isinstance(y, Tensor) else list(y)  # type: ignore[call-overload]
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
             found = torch.autograd.grad(
-                [o for o, _ in pairs], [args[i] for i in needed], [g for _, g in pairs], allow_unused=True
+                [o for o, _ in pairs],
+                [args[i] for i in needed],
+                [g for _, g in pairs],
+                allow_unused=True,
             )
         result: list[Tensor | None] = [None] * len(args)
         for i, g in zip(needed, found, strict=True):
@@ -266,7 +273,7 @@ def attention(
 _LIB.impl("attention", attention, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("carve::attention")
+@torch.library.register_fake("carve::attention")  # type: ignore[untyped-decorator]
 def _(
     query: Tensor,
     key: Tensor,

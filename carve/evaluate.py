@@ -75,7 +75,10 @@ class Evaluator:
             each = rows.shape[1] if rows.ndim == 2 else 1
             take = min(rows.shape[0], max(1, round(tokens / each)))
             small.batches.append(
-                Batch(tuple(t[:take] for t in batch.inputs), None if batch.mask is None else batch.mask[:take])
+                Batch(
+                    tuple(t[:take] for t in batch.inputs),
+                    None if batch.mask is None else batch.mask[:take],
+                )
             )
             small.reference.append(kept[:take])
             tokens -= take * each
@@ -105,7 +108,7 @@ class Evaluator:
             target = batch.inputs[0][:, 1:].reshape(-1)
             new = forward(batch.inputs)[:, :-1].flatten(0, 1).float()
             old = kept[:, :-1].flatten(0, 1)
-            for rows in torch.arange(len(target)).split(1024):
+            for rows in torch.split(torch.arange(len(target)), 1024):
                 p, q = old[rows].float().log_softmax(-1), new[rows].log_softmax(-1)
                 loss += F.nll_loss(q, target[rows], reduction="sum").item()
                 dense_loss += F.nll_loss(p, target[rows], reduction="sum").item()
@@ -124,7 +127,9 @@ class Evaluator:
         cosines, count = [], 0
         for batch, old in zip(self.batches, self.reference, strict=True):
             new = forward(batch.inputs)
-            cosines.append(F.cosine_similarity(pool(new, batch.mask), pool(old, batch.mask), dim=-1))
+            cosines.append(
+                F.cosine_similarity(pool(new, batch.mask), pool(old, batch.mask), dim=-1)
+            )
             count += int(batch.mask.sum()) if batch.mask is not None else new.shape[0]
         values = torch.cat(cosines).double()
         return EmbeddingQuality(float(values.mean()), float(values.quantile(0.05)), count)

@@ -22,7 +22,13 @@ from carve.program import DenseFFN, FFNSite
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
-_TRANSPARENT = {aten.view.default, aten.reshape.default, aten.clone.default, aten.to.dtype, aten._to_copy.default}
+_TRANSPARENT = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+}
 _SPLIT = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 _ATTENTION = {aten.scaled_dot_product_attention.default, torch.ops.carve.attention.default}
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default,
@@ -55,7 +61,7 @@ def _stored(module: fx.GraphModule, node: fx.Node) -> bool:
     return value is not None and value.ndim > 1
 
 
-def _width(node: fx.Node) -> int:
+def _width(node: Any) -> int:
     value = node.meta.get("val")
     return int(value.shape[-1]) if isinstance(value, Tensor) and value.ndim else -1
 
@@ -112,7 +118,8 @@ def _as_leaf(module: fx.GraphModule, n: fx.Node) -> _Leaf | None:
     if n.target is getattr:
         return None
     if n.op == "call_function" and getattr(n.target, "__name__", "") == "getitem":
-        split, index = n.args
+        split: Any = n.args[0]
+        index: Any = n.args[1]
         if not isinstance(split, fx.Node) or split.target not in _SPLIT:
             return None
         source, axis = split.args[0], split.args[2] if len(split.args) > 2 else 0
@@ -153,7 +160,9 @@ def _gather(module: fx.GraphModule, down: fx.Node) -> tuple[list[_Leaf], list[fx
     return leaves, body
 
 
-def _evaluate(module: fx.GraphModule, body: list[fx.Node], values: dict[fx.Node, Tensor], result: fx.Node) -> Tensor:
+def _evaluate(
+    module: fx.GraphModule, body: list[fx.Node], values: dict[fx.Node, Tensor], result: Any
+) -> Tensor:
     """Value of ``result`` computed by the elementwise nodes ``body`` from ``values``."""
     inside = set(body)
     for n in module.graph.nodes:
@@ -169,7 +178,9 @@ def _evaluate(module: fx.GraphModule, body: list[fx.Node], values: dict[fx.Node,
     return values[result]
 
 
-def _activation(module: fx.GraphModule, down: fx.Node, leaves: list[_Leaf], body: list[fx.Node]) -> tuple[str, list[_Leaf]] | None:
+def _activation(
+    module: fx.GraphModule, down: fx.Node, leaves: list[_Leaf], body: list[fx.Node]
+) -> tuple[str, list[_Leaf]] | None:
     """Name of the activation and the leaves in the order (gate, up), or (up,)."""
     grid = torch.linspace(-6.0, 6.0, 97)
     other = torch.linspace(3.0, -2.0, 97)
@@ -231,7 +242,7 @@ def find_ffn_sites(module: fx.GraphModule) -> list[FFNSite]:
             continue
         leaves, body = found
         operators = [n for n in body if n.op == "call_function" and n.target not in _TRANSPARENT]
-        x = leaves[0].linear.args[0] if leaves else None
+        x: Any = leaves[0].linear.args[0] if leaves else None
         w = _weight(module, down)
         if (
             not operators
@@ -340,6 +351,6 @@ def projection_macs(module: fx.GraphModule, sites: list[FFNSite]) -> int:
         raise UserError(
             "architecture",
             "not understood in this model's blocks: " + ", ".join(sorted(set(strange))[:8]),
-            "carve takes dense FFNs and attention; mixture-of-experts and state-space blocks are not supported",
+            "carve takes dense FFNs and attention, no mixture of experts and no state-space blocks",
         )
     return sum(math.prod(_weight(module, n).shape) for n in attention)

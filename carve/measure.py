@@ -15,6 +15,7 @@ from carve.errors import UserError
 if TYPE_CHECKING:
     import carve_runtime
 
+_REST = 0.2  # seconds; an idle thread pool spins for a while and would slow the other model
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 
@@ -29,7 +30,9 @@ def source_of(artifact: Artifact, override: str | None) -> Path:
     source = artifact.manifest["source"]
     path = Path(override or source["path"])
     if not path.is_dir():
-        raise UserError("not-found", f"the dense checkpoint {path} is not there", "name it with --dense")
+        raise UserError(
+            "not-found", f"the dense checkpoint {path} is not there", "name it with --dense"
+        )
     if source["sha256"] and Checkpoint.open(path).sha256() != source["sha256"]:
         raise UserError("changed", f"{path} is not the checkpoint this artifact was made from")
     return path
@@ -46,9 +49,9 @@ def evaluate_artifact(
     Raises:
         UserError: no such artifact or checkpoint, or an unreadable text.
     """
+    import carve_runtime
     import torch
 
-    import carve_runtime
     from carve.calibration import load_tokenizer, read_text, text_batches
     from carve.capture import capture_checkpoint
     from carve.evaluate import Evaluator, as_dict
@@ -126,23 +129,29 @@ def bench_artifact(
         raise UserError("kind", "bench times decoders", "for an encoder use carve eval")
     limit = artifact.manifest["model"]["max_length"]
     if context + tokens > limit or prefill > limit:
-        raise UserError("context", f"the model's context is {limit} tokens", "give a smaller --context")
+        raise UserError(
+            "context", f"the model's context is {limit} tokens", "give a smaller --context"
+        )
     count = threads or len(os.sched_getaffinity(0))
     models = {
         "dense": carve_runtime.load(dense_artifact(artifact, dense, progress), threads=count),
         "routed": carve_runtime.load(path, threads=count),
     }
-    figures: dict[str, dict[str, list[float]]] = {k: {"dense": [], "routed": []} for k in ("decode", "prefill")}
+    figures: dict[str, dict[str, list[float]]] = {
+        k: {"dense": [], "routed": []} for k in ("decode", "prefill")
+    }
     for i in progress(range(repeats + 1), "pairs"):
         order = ("dense", "routed") if i % 2 else ("routed", "dense")
         for kind in order:
-            speed = _decode(models[kind], tokens, context)
+            speed = decode_speed(models[kind], tokens, context)
             if i:
                 figures["decode"][kind].append(speed)
+            time.sleep(_REST)
         for kind in order:
-            speed = _prefill(models[kind], prefill)
+            speed = prefill_speed(models[kind], prefill)
             if i:
                 figures["prefill"][kind].append(speed)
+            time.sleep(_REST)
     result: dict[str, Any] = {
         "bits": artifact.manifest["targets"]["onnx-cpu"]["bits"],
         "threads": count,
@@ -166,7 +175,8 @@ def _prompt(model: carve_runtime.Model, length: int) -> list[int]:
     return [(7919 * i + 13) % size for i in range(length)]
 
 
-def _decode(model: carve_runtime.Model, tokens: int, context: int) -> float:
+def decode_speed(model: carve_runtime.Model, tokens: int, context: int) -> float:
+    """Tokens a second of single steps after ``context`` tokens; the prefill is not counted."""
     session = model.start()
     session.step(_prompt(model, max(1, context)))
     ids = _prompt(model, tokens)
@@ -176,7 +186,8 @@ def _decode(model: carve_runtime.Model, tokens: int, context: int) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def _prefill(model: carve_runtime.Model, length: int) -> float:
+def prefill_speed(model: carve_runtime.Model, length: int) -> float:
+    """Tokens a second of one step of ``length`` tokens on an empty cache."""
     session = model.start()
     began = time.perf_counter()
     session.step(_prompt(model, length))

@@ -33,7 +33,9 @@ class ParityMetrics:
     routings: int
 
 
-def feeds_of(program: Program, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, np.ndarray]:
+def feeds_of(
+    program: Program, inputs: Sequence[Tensor], names: Sequence[str]
+) -> dict[str, np.ndarray]:
     """Feeds for onnxruntime; a decoder's attention mask is added where the model wants it."""
     feeds = {n: t.numpy() for n, t in zip(program.inputs, inputs, strict=True) if n in names}
     if program.kind == "decoder" and "attention_mask" in names:
@@ -42,9 +44,11 @@ def feeds_of(program: Program, inputs: Sequence[Tensor], names: Sequence[str]) -
     return feeds
 
 
-def run_onnx(path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]) -> list[list[Any]]:
+def run_onnx(
+    path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
+) -> list[list[Any]]:
     """All results of the model for each prompt."""
-    import onnxruntime as ort
+    import onnxruntime as ort  # type: ignore[import-untyped]
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -107,7 +111,9 @@ def check_parity(
         len(chosen),
     )
     if chosen and (len(chosen) < 2 or chosen <= example):
-        raise CarveError("parity", "the parity prompts all take the example's routing", "give other text")
+        raise CarveError(
+            "parity", "the parity prompts all take the example's routing", "give other text"
+        )
     # Quantized activations turn a rounding tie into a step, so the bound follows the width.
     bound = 1e-4 if bits >= 16 else 2e-2
     # A NaN fails both comparisons.

@@ -15,7 +15,7 @@ import torch
 from carve.budget import Split
 from carve.calibration import Batch, SiteInputs
 from carve.errors import CarveError
-from carve.program import FFNSite, Program
+from carve.program import FFNSite, Program, RoutedFFN
 
 log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
@@ -100,18 +100,22 @@ def need_notes(program: Program, key: str, by: str) -> Any:
         ContractError: it is not there.
     """
     if key not in program.notes:
-        raise ContractError("contract", f"{by} needs the note {key!r}", f"run the {key} pass before")
+        raise ContractError(
+            "contract", f"{by} needs the note {key!r}", f"run the {key} pass before"
+        )
     return program.notes[key]
 
 
-def need_routed(site: FFNSite, by: str) -> Any:
+def need_routed(site: FFNSite, by: str) -> RoutedFFN:
     """The routed weights of a carved site.
 
     Raises:
         ContractError: the site is dense.
     """
     if site.routed is None:
-        raise ContractError("contract", f"{by} needs {site.name} carved", "run the carve pass before")
+        raise ContractError(
+            "contract", f"{by} needs {site.name} carved", "run the carve pass before"
+        )
     return site.routed
 
 
@@ -150,7 +154,9 @@ class PassManager:
                     verify(program, context)
             except CarveError as e:
                 before = ", ".join(r.name for r in done) or "none"
-                raise type(e)(e.code, f"pass {p.name} (after: {before}): {e.message}", e.hint) from e
+                raise type(e)(
+                    e.code, f"pass {p.name} (after: {before}): {e.message}", e.hint
+                ) from e
             seconds = time.monotonic() - began
             record = PassResult(
                 p.name,
@@ -184,5 +190,6 @@ def verify(program: Program, context: Context, tokens: int = 64) -> None:
         if not error <= bound:
             raise ContractError(
                 "verify",
-                f"{site.name}: with every expert on the routed FFN differs from the dense one by {error:.2e}",
+                f"{site.name}: with every expert on the routed FFN differs from the dense one "
+                f"by {error:.2e}",
             )

@@ -55,7 +55,12 @@ def default_tokens(config: ConvertConfig, parameters: int) -> tuple[int, int, in
     scale = 2e13 / (2 * parameters)
     calibration = config.tokens or int(min(40_000, max(8_192, scale)))
     final = config.eval_tokens or int(min(24_000, max(1_024, scale / 8)))
-    return calibration, final, min(final, int(max(512, scale / 32))), int(min(4_096, max(512, scale / 64)))
+    return (
+        calibration,
+        final,
+        min(final, int(max(512, scale / 32))),
+        int(min(4_096, max(512, scale / 64))),
+    )
 
 
 def convert(
@@ -122,8 +127,12 @@ def _convert_checkpoint(
     _check_vocabulary(program, tokenizer.get_vocab_size())
     length = min(config.length, _max_length(program.config))
     tokens, final, _, _ = default_tokens(config, checkpoint.num_parameters)
-    batches = text_batches(program, tokenizer, read_text(config.calibration, "calibration.txt"), length, tokens)
-    held = text_batches(program, tokenizer, read_text(config.evaluation, "evaluation.txt"), length, final)
+    batches = text_batches(
+        program, tokenizer, read_text(config.calibration, "calibration.txt"), length, tokens
+    )
+    held = text_batches(
+        program, tokenizer, read_text(config.evaluation, "evaluation.txt"), length, final
+    )
     source = {"path": str(path), "sha256": checkpoint.sha256()}
     return _Conversion(program, out, config, passes, progress, source).run(batches, held, path)
 
@@ -132,7 +141,9 @@ def _max_length(config: dict[str, Any]) -> int:
     for key in ("max_position_embeddings", "n_positions"):
         if isinstance(config.get(key), int):
             # RoBERTa keeps two positions for its padding index.
-            return int(config[key]) - (2 if config.get("model_type") in ("roberta", "xlm-roberta") else 0)
+            return int(config[key]) - (
+                2 if config.get("model_type") in ("roberta", "xlm-roberta") else 0
+            )
     return 2048
 
 
@@ -200,7 +211,9 @@ class _Conversion:
         from carve.passbase import Context
 
         c = self.config
-        splits = plan_widths(self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k)
+        splits = plan_widths(
+            self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k
+        )
         judge = Evaluator(self.program, batches).limited(judged)
         inputs = SiteInputs.collect(
             self.program, batches, lambda items: self.progress(items, "calibration")
@@ -247,7 +260,9 @@ class _Conversion:
             "passes": [*(asdict(r) for r in results), emitted],
         }
 
-    def _write(self, stage: Path, emitted: Any, report: dict[str, Any], folder: Path | None) -> None:
+    def _write(
+        self, stage: Path, emitted: Any, report: dict[str, Any], folder: Path | None
+    ) -> None:
         from carve.checkpoint import TOKENIZER_FILES
         from carve.emit.genai import genai_config
 
@@ -333,7 +348,10 @@ def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> di
         "normalize": False,
     }
     if folder is not None and (folder / "generation_config.json").is_file():
-        facts["eos_token_ids"] = _ids(read_json(folder / "generation_config.json").get("eos_token_id")) or facts["eos_token_ids"]
+        facts["eos_token_ids"] = (
+            _ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+            or facts["eos_token_ids"]
+        )
     if program.kind == "decoder":
         key = program.example[2]
         facts |= {

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from carve import dialect
-from carve.errors import CarveError
 
 Kind = Literal["decoder", "encoder", "module"]
 
@@ -184,7 +183,9 @@ class Program:
         """Multiply-accumulates of the blocks for one token as the program stands."""
         return self.attention_macs + sum(s.macs for s in self.sites)
 
-    def run(self, *inputs: Tensor, observe: Callable[[FFNSite, Tensor], None] | None = None) -> tuple[Tensor, ...]:
+    def run(
+        self, *inputs: Tensor, observe: Callable[[FFNSite, Tensor], None] | None = None
+    ) -> tuple[Tensor, ...]:
         """Execute the graph without gradients.
 
         Args:
@@ -214,10 +215,14 @@ class Program:
         module.add_submodule(path, holder)
         with graph.inserting_after(site.output):
             call = graph.call_function(torch.ops.carve.routed_ffn.default)
-        call.meta.update({k: v for k, v in site.output.meta.items() if k in ("val", "nn_module_stack")})
+        call.meta.update(
+            {k: v for k, v in site.output.meta.items() if k in ("val", "nn_module_stack")}
+        )
         with graph.inserting_before(call):
             args = [
-                graph.get_attr(f"{path}.{f.name}") if isinstance(v := getattr(routed, f.name), Tensor) else v
+                graph.get_attr(f"{path}.{f.name}")
+                if isinstance(v := getattr(routed, f.name), Tensor)
+                else v
                 for f in fields(routed)
             ]
         site.output.replace_all_uses_with(call)
@@ -238,12 +243,11 @@ class Program:
         graph.lint()
         self.module.recompile()
 
+
 class _Executor(fx.Interpreter):
     """Runs a program with mixed-precision linears and a hook at every site."""
 
-    def __init__(
-        self, program: Program, observe: Callable[[FFNSite, Tensor], None] | None
-    ) -> None:
+    def __init__(self, program: Program, observe: Callable[[FFNSite, Tensor], None] | None) -> None:
         super().__init__(program.module)
         self.observe = observe
         self.sites: dict[fx.Node, list[FFNSite]] = {}

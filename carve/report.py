@@ -10,10 +10,15 @@ def table(rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
 
     def line(row: list[str]) -> str:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join(cells).rstrip()
 
-    return "\n".join([line(rows[0]), "  ".join("-" * w for w in widths), *(line(r) for r in rows[1:])])
+    return "\n".join(
+        [line(rows[0]), "  ".join("-" * w for w in widths), *(line(r) for r in rows[1:])]
+    )
 
 
 def _number(value: Any, digits: int = 3) -> str:
@@ -62,7 +67,14 @@ def render(report: dict[str, Any]) -> str:
             ]
         )
     if quality:
-        rows.append(["all held-out text", "", "", *(_number(quality.get(n), 4 if n != "perplexity" else 2) for n in names)])
+        rows.append(
+            [
+                "all held-out text",
+                "",
+                "",
+                *(_number(quality.get(n), 4 if n != "perplexity" else 2) for n in names),
+            ]
+        )
     lines.append(table(rows))
     return "\n".join(lines)
 
@@ -85,7 +97,8 @@ def bench_table(result: dict[str, Any]) -> str:
         part = result[key]
         rows.append([key, f"{part['dense']:.1f}", f"{part['routed']:.1f}", f"{part['ratio']:.3f}"])
     notes = (
-        f"{result['bits']} bits, {result['threads']} threads, {result['repeats']} interleaved pairs; "
-        f"decode after {result['context']} tokens, prefill of {result['prefill_tokens']} tokens; medians"
+        f"{result['bits']} bits, {result['threads']} threads, medians of {result['repeats']} "
+        f"interleaved pairs; decode after {result['context']} tokens, prefill of "
+        f"{result['prefill_tokens']} tokens"
     )
     return f"{table(rows)}\n{notes}"

@@ -35,7 +35,9 @@ def ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     return w.contiguous(), my - w @ mx
 
 
-def expert_energy(site: FFNSite, groups: Tensor, x: Tensor, *, centred: bool, chunk: int = 4096) -> Tensor:
+def expert_energy(
+    site: FFNSite, groups: Tensor, x: Tensor, *, centred: bool, chunk: int = 4096
+) -> Tensor:
     """Squared norm of each expert's contribution on each token, ``[T, E]`` fp32.
 
     ``|E_e(x_t)|^2``, or ``|E_e(x_t) - mean E_e|^2`` when ``centred``; ``groups`` ``[E, m]`` are the
@@ -44,7 +46,7 @@ def expert_energy(site: FFNSite, groups: Tensor, x: Tensor, *, centred: bool, ch
     down = [site.dense.down[:, g].float() for g in groups]
     mean = site.dense.hidden(x[:: max(1, len(x) // 8192)]).mean(0) if centred else 0.0
     parts = []
-    for part in x.split(chunk):
+    for part in torch.split(x, chunk):
         h = site.dense.hidden(part) - mean
         norms = [(h[:, g] @ w.T).square().sum(1) for g, w in zip(groups, down, strict=True)]
         parts.append(torch.stack(norms, 1))

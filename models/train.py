@@ -78,6 +78,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x`` ``[B, S, d]`` with the tables of the rotary embedding ``[S, head_dim]``."""
         batch, length, width = x.shape
         h, a = self.input_layernorm(x), self.self_attn
 
@@ -117,10 +118,15 @@ class Llama(nn.Module):
         self.register_buffer("sin", angle.sin().bfloat16(), persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                scale = 1.0 / math.sqrt(2 * s.num_hidden_layers) if "o_proj" in name or "down" in name else 1.0
+                scale = (
+                    1.0 / math.sqrt(2 * s.num_hidden_layers)
+                    if "o_proj" in name or "down" in name
+                    else 1.0
+                )
                 nn.init.normal_(p, std=0.02 * scale)
 
     def forward(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[B, S + 1]`` token ids."""
         x = self.embed_tokens(rows[:, :-1]).bfloat16()
         length = x.shape[1]
         for layer in self.layers:
@@ -148,7 +154,7 @@ def train_tokenizer(files: list[Path], vocab_size: int) -> Tokenizer:
 
 
 def encode_rows(tok: Tokenizer, files: list[Path], length: int) -> np.ndarray:
-    """``[rows, length + 1]`` uint16: each row is the special token and ``length`` tokens of text."""
+    """``[rows, length + 1]`` uint16: the special token, then ``length`` tokens of text."""
     bos = tok.token_to_id(BOS)
     rows = []
     for f in files:
@@ -264,7 +270,9 @@ def main() -> None:
     data = np.load(cache, allow_pickle=False)
     train, valid = data["train"], data["valid"]
     valid = valid[np.random.default_rng(0).permutation(len(valid))[:128]]
-    log.info("%d training rows, %d validation rows of %d tokens", len(train), len(valid), args.length)
+    log.info(
+        "%d training rows, %d validation rows of %d tokens", len(train), len(valid), args.length
+    )
 
     model = Llama(shape).to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]

@@ -96,8 +96,9 @@ class Carve(Pass[CarveConfig]):
         c = site.dense.hidden(x).abs() * column
         active = max(1, round(self.config.activation_fraction * c.shape[1]))
         c = torch.where(c >= c.topk(active, dim=1).values[:, -1:], c, 0.0)
-        f = c[:, rest].T.contiguous()
-        return f / f.norm(dim=1, keepdim=True).clamp_min(1e-20)
+        f: Tensor = c[:, rest].T.contiguous()
+        f /= f.norm(dim=1, keepdim=True).clamp_min(1e-20)
+        return f
 
     def _group(self, f: Tensor, split: Split, context: Context) -> tuple[Tensor, float, float]:
         """Equal groups ``[E, m]`` of rows of ``f``, their cohesion, and that of a random split."""

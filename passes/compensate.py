@@ -28,7 +28,7 @@ class CompensateConfig:
 
 @dataclass(frozen=True)
 class CompensateMetrics:
-    """By site: relative squared error of the FFN without and with compensation, and what was kept."""
+    """By site: relative squared error of the FFN without and with it, and what was kept."""
 
     error_before: dict[str, float]
     error_after: dict[str, float]
@@ -73,7 +73,9 @@ class Compensate(Pass[CompensateConfig]):
                 metrics.kept[site.name] = False
         return metrics
 
-    def _fit(self, site: FFNSite, program: Program, context: Context, metrics: CompensateMetrics) -> RoutedFFN:
+    def _fit(
+        self, site: FFNSite, program: Program, context: Context, metrics: CompensateMetrics
+    ) -> RoutedFFN:
         routed = need_routed(site, self.name)
         _, groups = program.notes["carve"][site.name]
         x = context.inputs.of(site, self.config.tokens)
@@ -88,7 +90,9 @@ class Compensate(Pass[CompensateConfig]):
         c = torch.linalg.solve(gram.double(), right.double()).float()
         scale = (w * site.dense(x).square()).sum().clamp_min(1e-30)
         metrics.error_before[site.name] = float((w * missing.square()).sum() / scale)
-        metrics.error_after[site.name] = float((w * (missing - left_out @ c).square()).sum() / scale)
+        metrics.error_after[site.name] = float(
+            (w * (missing - left_out @ c).square()).sum() / scale
+        )
         base = routed.output_bias
         return replace(
             routed,
@@ -104,7 +108,7 @@ def _left_out(
     down = [site.dense.down[:, g].float() for g in groups]
     sums = torch.zeros(len(groups), down[0].shape[0])
     rows = []
-    for part, mask in zip(x.split(chunk), left_out.split(chunk), strict=True):
+    for part, mask in zip(torch.split(x, chunk), torch.split(left_out, chunk), strict=True):
         h = site.dense.hidden(part)
         total = torch.zeros(len(part), down[0].shape[0])
         for e, (g, w) in enumerate(zip(groups, down, strict=True)):

@@ -74,7 +74,7 @@ class Profile(Pass[ProfileConfig]):
         active = max(1, round(self.config.activation_fraction * column.numel()))
         count, first, second = (torch.zeros_like(column, dtype=torch.float64) for _ in range(3))
         inside = total = weight = 0.0
-        for part in x.split(self.config.chunk):
+        for part in torch.split(x, self.config.chunk):
             h = site.dense.hidden(part)
             w = token_weights(site.dense(part))[:, None]
             c = h.abs() * column

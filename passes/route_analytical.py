@@ -51,7 +51,9 @@ class RouteAnalytical(Pass[RouteAnalyticalConfig]):
         routed = need_routed(site, self.name)
         dense = site.dense
         if dense.gate_bias is not None:
-            raise ContractError("contract", f"{site.name}: the analytical router takes no gate bias")
+            raise ContractError(
+                "contract", f"{site.name}: the analytical router takes no gate bias"
+            )
         _, groups = program.notes["carve"][site.name]
         x = context.inputs.of(site, self.config.tokens)
         c = dense.hidden(x).abs() * dense.down.float().norm(dim=0)

@@ -75,9 +75,7 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         target = energy.pow(self.config.power / 2)
         judge = torch.zeros(len(x), dtype=torch.bool)
         judge[:: max(2, round(1 / self.config.held_out))] = True
-        fitted = [
-            (s, *ridge(x[~judge], target[~judge], s)) for s in self.config.strengths
-        ]
+        fitted = [(s, *ridge(x[~judge], target[~judge], s)) for s in self.config.strengths]
 
         def captured(w: Tensor, b: Tensor) -> float:
             chosen = (x[judge] @ w.T + b).topk(top_k, 1).indices

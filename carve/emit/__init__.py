@@ -1,0 +1,1 @@
+"""Back ends: each lowers the dialect to one target; nothing else knows the target."""

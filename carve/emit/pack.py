@@ -42,7 +42,8 @@ def quantize(weight: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, Ten
 def dequantize(levels: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The weights that `quantize`'s result stands for, fp32 ``[..., N, K']``."""
     blocks = levels.unflatten(-1, (scale.shape[-1], -1)).float() - (1 << (bits - 1))
-    return (blocks * scale[..., None]).flatten(-2)
+    weight: Tensor = (blocks * scale[..., None]).flatten(-2)
+    return weight
 
 
 def pack(levels: Tensor, bits: int) -> np.ndarray:
@@ -77,4 +78,6 @@ def emulate(x: Tensor, weight: Tensor, bits: int, block: int = BLOCK) -> Tensor:
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     rounded = (blocks / torch.where(scale == 0, torch.ones_like(scale), scale)).round() * scale
-    return torch.nn.functional.linear(rounded.flatten(-2), dequantize(*quantize(weight, bits, block), bits))
+    return torch.nn.functional.linear(
+        rounded.flatten(-2), dequantize(*quantize(weight, bits, block), bits)
+    )
