@@ -19,6 +19,10 @@ from carve.calibration import DATA
 from carve.capture import DYNAMIC, capture_module, capture_transformers
 from carve.program import FFNSite, Program, RoutedFFN
 
+# Nothing here is large enough for two threads, and threads that wait for one another stall for
+# minutes on a machine that is busy with other work.
+torch.set_num_threads(1)
+
 HIDDEN, FFN, LAYERS, VOCAB, LENGTH = 64, 256, 2, 128, 11
 _SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,

@@ -11,7 +11,16 @@ from onnx_ir.passes import common as onnx_passes
 from torch import Tensor
 
 from carve.emit import pack
+from carve.emit.attention import (
+    Heads,
+    RotaryTables,
+    attention_lengths,
+    linear_name,
+    linear_weights,
+    lower_attention,
+)
 from carve.emit.builder import CONTRIB, Builder, lazy_float
+from carve.emit.graph import given, produced, replace
 from carve.emit.skeleton import DOMAIN
 from carve.errors import CarveError
 from carve.program import Program, RoutedFFN
@@ -172,176 +181,80 @@ def _lower_routed(b: Builder, node: ir.Node, name: str, r: RoutedFFN) -> None:
     if _fusable(r, b.bits):
         y = _fused_experts(b, node, x, scores, name, r)
         shared = _shared(b, node, x, name, r)
-        _replace(node, [y if shared is None else b.op(node, "Add", [shared, y])])
+        replace(node, [y if shared is None else b.op(node, "Add", [shared, y])])
         return
     shared = _shared(b, node, flat, name, r)
     if shared is None or r.shared_up is None:
         blank = b.const("carve_zero", np.array(0.0, np.float32)) if shared is None else shared
         shared = b.op(node, "Expand", [blank, b.op(node, "Shape", [flat])])
     y = _grouped_experts(b, node, flat, scores, shared, name, r)
-    _replace(node, [b.op(node, "Reshape", [y, b.op(node, "Shape", [x])])])
+    replace(node, [b.op(node, "Reshape", [y, b.op(node, "Shape", [x])])])
 
 
-def _replace(node: ir.Node, new: list[Any]) -> None:
-    """Put ``new`` in place of the node's results, graph outputs too, and drop the node."""
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
-        raise CarveError("emit", f"{node.name} stands in no graph")
-    for old, value in zip(node.outputs, new, strict=True):
-        value.shape, value.type = old.shape, old.type
-        if old.is_graph_output():
-            value.name, old.name = old.name, f"{old.name}_replaced"
-        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-
-
-def _given(value: ir.Value | None) -> ir.Value:
-    """An input that has to be there."""
-    if value is None:
-        raise CarveError("emit", "a placeholder lacks an input")
-    return value
-
-
-def _produced(value: ir.Value | None, kind: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == kind else None
-
-
-def _is_head_swap(node: ir.Node | None) -> bool:
-    return node is not None and list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]
-
-
-def _flat_heads(b: Builder, at: ir.Node, value: ir.Value, heads: int, width: int) -> Any:
-    """``[B, H, S, D]`` as ``[B, S, H * D]``, without a transpose where the graph made one from it.
-
-    The usual chain ``Reshape, Transpose[, RotaryEmbedding]`` on a linear's ``[B, S, H * D]`` is
-    undone by rotating that tensor as it is.
-    """
-    rotary = _produced(value, "RotaryEmbedding")
-    transposed = rotary.inputs[0] if rotary is not None else value
-    swap = _produced(transposed, "Transpose")
-    split = (
-        _produced(swap.inputs[0], "Reshape") if swap is not None and _is_head_swap(swap) else None
-    )
-    if split is not None and _produced(split.inputs[0], "RMSNormalization") is None:
-        flat = split.inputs[0]
-        if rotary is None:
-            return flat
-        keep = {k: a.value for k, a in rotary.attributes.items()}
-        return b.op(
-            at, "RotaryEmbedding", [flat, *rotary.inputs[1:]], **{**keep, "num_heads": heads}
+def _fuse_norms(b: Builder) -> None:
+    """``RMSNormalization`` of a sum, with the sum used again, as one node."""
+    for node in [n for n in b.graph if n.op_type == "RMSNormalization" and n.domain == ""]:
+        add = produced(node.inputs[0], "Add")
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+        if add is None or axis not in (-1, 2) or not _same_shape(add):
+            continue
+        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        norm, _, _, total = b.op(
+            add,
+            "SkipSimplifiedLayerNormalization",
+            [*add.inputs, node.inputs[1]],
+            outputs=4,
+            domain=CONTRIB,
+            epsilon=epsilon,
         )
-    if swap is not None and _is_head_swap(swap) and rotary is None:
-        source: Any = swap.inputs[0]
-    else:
-        source = b.op(at, "Transpose", [value], perm=[0, 2, 1, 3])
-    shape = b.const(f"carve_flat{heads * width}", np.array([0, 0, heads * width]))
-    return b.op(at, "Reshape", [source, shape])
+        replace(node, [norm])
+        replace(add, [total])
 
 
-def _lower_attention(
-    b: Builder, node: ir.Node, lengths: tuple[Any, Any], heads: int, kv: int, width: int
-) -> None:
-    """The dialect's attention as ``GroupQueryAttention``: past and present may share a buffer."""
-    q, k, v, past_key, past_value = (_given(i) for i in node.inputs)
-    window = node.attributes["window"].as_int()
-    inputs = [
-        _flat_heads(b, node, q, heads, width),
-        _flat_heads(b, node, k, kv, width),
-        _flat_heads(b, node, v, kv, width),
-        past_key,
-        past_value,
-        *lengths,
-    ]
-    out, key, value = b.op(
-        node,
-        "GroupQueryAttention",
-        inputs,
-        outputs=3,
-        domain=CONTRIB,
-        num_heads=heads,
-        kv_num_heads=kv,
-        scale=node.attributes["scale"].as_float(),
-        softcap=node.attributes["softcap"].as_float(),
-        local_window_size=window if window > 0 else -1,
-    )
-    # The usual consumer is Transpose then Reshape back to [B, S, H * D]: that is what `out` is.
-    for use in list(node.outputs[0].uses()):
-        swap = use.node
-        if swap.op_type == "Transpose" and _is_head_swap(swap):
-            reshapes = [u.node for u in swap.outputs[0].uses()]
-            if all(
-                r.op_type == "Reshape" and r.outputs[0].shape and len(r.outputs[0].shape) == 3
-                for r in reshapes
-            ):
-                for r in reshapes:
-                    _replace_uses(r.outputs[0], out)
-    four = b.op(
-        node, "Reshape", [out, b.const(f"carve_heads{heads}", np.array([0, 0, heads, width]))]
-    )
-    four = b.op(node, "Transpose", [four], perm=[0, 2, 1, 3])
-    _replace(node, [four, key, value])
-
-
-def _replace_uses(old: ir.Value, new: ir.Value) -> None:
-    new.shape, new.type = old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, new)
-
-
-def _attention_lengths(b: Builder, model: ir.Model, at: ir.Node) -> tuple[Any, Any]:
-    """``seqlens_k`` and ``total_sequence_length`` from a new input ``attention_mask``."""
-    mask = ir.Value(
-        name="attention_mask",
-        shape=ir.Shape(["batch", "total"]),
-        type=ir.TensorType(ir.DataType.INT64),
-    )
-    model.graph.inputs.insert(1, mask)
-    axis, one = b.const("carve_axis1", np.array([1])), b.const("carve_one", np.array(1))
-    total = b.op(at, "ReduceSum", [mask, axis], keepdims=0)
-    last = b.op(at, "Cast", [b.op(at, "Sub", [total, one])], to=ir.DataType.INT32)
-    size = b.op(at, "Gather", [b.op(at, "Shape", [mask]), one], axis=0)
-    return last, b.op(at, "Cast", [size], to=ir.DataType.INT32)
+def _same_shape(add: ir.Node) -> bool:
+    """Whether an addition joins two streams ``[B, S, d]``, neither broadcast."""
+    shapes = [None if v is None else v.shape for v in add.inputs]
+    return all(s is not None and len(s) == 3 for s in shapes) and shapes[0] == shapes[1]
 
 
 def lower(model: ir.Model, weights: dict[str, Tensor], program: Program, bits: int) -> None:
     """Replace every placeholder by operators of onnxruntime, in place."""
     graph = model.graph
     b = Builder(model, bits)
-    nodes = [n for n in graph if n.domain == DOMAIN]
-    lengths: tuple[Any, Any] | None = None
-    for node in nodes:
-        if node.op_type == "Linear":
-            name = str(_given(node.inputs[1]).name)
-            bias = _value_of(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
-            weight = weights[name] if name in weights else _value_of(node.inputs[1])
-            short = name.removesuffix("/weight").removeprefix("model/").replace("/", ".")
-            _replace(node, [b.linear(node, _given(node.inputs[0]), short, weight, bias)])
-        elif node.op_type == "RoutedFFN":
-            site = program.sites[node.attributes["site"].as_int()]
-            if site.routed is None:
-                raise CarveError(
-                    "emit", f"{site.name}: a routed placeholder without routed weights"
-                )
-            _lower_routed(b, node, site.name, site.routed)
-        elif node.op_type == "Attention":
-            if lengths is None:
-                lengths = _attention_lengths(b, model, graph[0])
-            kv, width = program.example[2].shape[1], program.example[2].shape[3]
-            heads = int(_given(node.inputs[0]).shape[1])  # type: ignore[index, arg-type]
-            _lower_attention(b, node, lengths, heads, kv, width)
-        else:
-            raise CarveError("emit", f"no lowering for {node.op_type}")
+    # Equal cosines and sines become one value, which tells equal rotary embeddings.
+    onnx_passes.CommonSubexpressionEliminationPass()(model)
+    placeholders: dict[str, list[ir.Node]] = {kind: [] for kind in ("Attention", "RoutedFFN", "Linear")}
+    for node in graph:
+        if node.domain == DOMAIN:
+            placeholders[node.op_type].append(node)
+    if placeholders["Attention"]:
+        lengths = attention_lengths(b, model, graph[0])
+        limit = int(program.config.get("max_position_embeddings") or 0)
+        _, kv, _, width = program.example[2].shape
+        tables = RotaryTables(b, limit, width)
+        for node in placeholders["Attention"]:
+            count = int(given(node.inputs[0]).shape[1])  # type: ignore[index, arg-type]
+            lower_attention(b, node, lengths, Heads(count, kv, width, limit), weights, tables)
+        onnx_passes.RemoveUnusedNodesPass()(model)
+    for node in placeholders["RoutedFFN"]:
+        site = program.sites[node.attributes["site"].as_int()]
+        if site.routed is None:
+            raise CarveError("emit", f"{site.name}: a routed placeholder without routed weights")
+        _lower_routed(b, node, site.name, site.routed)
+    for node in placeholders["Linear"]:
+        if node.graph is None:  # packed with its neighbours
+            continue
+        weight, bias = linear_weights(node, weights)
+        x = given(node.inputs[0])
+        replace(node, [b.linear(node, x, linear_name(node), weight, bias)])
+    _fuse_norms(b)
     onnx_passes.CommonSubexpressionEliminationPass()(model)
     onnx_passes.RemoveUnusedNodesPass()(model)
+    for value in [v for v in graph.inputs if v.name == "position_ids" and not v.uses()]:
+        graph.inputs.remove(value)
     for name, value in graph.initializers.items():
         if name in weights:
             value.const_value = lazy_float(name, weights[name])
     model.opset_imports[CONTRIB] = 1
     model.opset_imports.pop(DOMAIN, None)
     model.producer_name = "carve"
-
-
-def _value_of(value: ir.Value | None) -> Tensor:
-    if value is None or value.const_value is None:
-        raise CarveError("emit", "a linear with a weight that is not stored")
-    return torch.from_numpy(np.array(value.const_value.numpy()))

@@ -1,4 +1,4 @@
-"""The command line from end to end on a tiny checkpoint, and everything that may be wrong with one."""
+"""The command line from end to end on a tiny checkpoint, and all that may be wrong with one."""
 
 from __future__ import annotations
 

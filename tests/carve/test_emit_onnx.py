@@ -52,7 +52,9 @@ class Written:
 
 def write(program: Program, path: Path, bits: int) -> Written:
     assert emit(program, path, bits).path == path
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return Written(program, path, bits, session)
 
 
@@ -60,7 +62,7 @@ def write(program: Program, path: Path, bits: int) -> Written:
 def written(
     captured: Get, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, int], Written]:
-    """Routed programs and their models; the programs are shared, so tests leave them as they are."""
+    """Routed programs and their models; they are shared, so tests leave them as they are."""
     kept: dict[tuple[str, int], Written] = {}
 
     def get(name: str, bits: int) -> Written:
@@ -224,10 +226,8 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for i, name in enumerate(self.names):
             act = ACTIVATIONS[name]
-            if len(self.gate):
-                h = act(self.gate[i](x)) * self.up[i](x)
-            else:
-                h = act(self.up[i](x))
+            up = self.up[i](x)
+            h = act(self.gate[i](x)) * up if len(self.gate) else act(up)
             x = x + self.down[i](h)
         return x
 
