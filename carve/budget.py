@@ -45,22 +45,16 @@ def macs_of(site: FFNSite, split: Split) -> int:
 def splits_of(site: FFNSite, num_experts: int | None, top_k: int | None) -> list[Split]:
     """Every split of a site that kernels take: all widths multiples of `BLOCK`.
 
-    On threads that deal experts round robin an even ``top_k`` keeps the load even, so only
-    multiples of 2 are offered (4 where that many experts exist); ``num_experts`` and ``top_k``
-    narrow the choice.
+    Kernels deal the chosen experts to their threads in turn, so ``top_k`` is 4 (2 with fewer than
+    8 experts), and the number of experts even, unless they are given.
     """
     size = site.dense.intermediate_size
     unit = BLOCK if size % BLOCK == 0 and size >= 8 * BLOCK else max(1, size // 32)
-    experts = [num_experts] if num_experts else list(range(8, 33, 2))
-    actives = [top_k] if top_k else [4]
+    experts = [num_experts] if num_experts else list(range(6, 33, 2))
     found = []
     for e in experts:
-        for k in actives:
-            if k > e:
-                continue
-            for m in range(unit, size // e + 1, unit):
-                shared = size - e * m
-                found.append(Split(shared, m, e, k))
+        k = top_k or (4 if e >= 8 else min(2, e - 1))
+        found += [Split(size - e * m, m, e, k) for m in range(unit, size // e + 1, unit) if k <= e]
     return found
 
 
@@ -151,12 +145,17 @@ def plan_widths(
             )
     else:
         share = asked
-    slack = {
-        s.name: s.dense.up.shape[1] * 32 if ffn_active is not None else 0 for s in program.sites
-    }
-    return {
-        s.name: choose_split(
-            s, share * s.dense.macs + slack[s.name], shared_share, num_experts, top_k
+    splits: dict[str, Split] = {}
+    left = 0.0
+    # From the last site to the first: the early ones matter most, and get what is left over.
+    for s in reversed(program.sites):
+        # A pinned share is of the neurons; a budget counts the router too.
+        router = s.dense.up.shape[1] * 32 if ffn_active is not None else 0
+        asked_macs = share * s.dense.macs
+        # Widths come in steps: what one site cannot use, the one before may.
+        splits[s.name] = choose_split(
+            s, asked_macs + router + left, shared_share, num_experts, top_k
         )
-        for s in program.sites
-    }
+        if ffn_active is None:
+            left += asked_macs - macs_of(s, splits[s.name])
+    return splits

@@ -199,7 +199,8 @@ def _export(model: nn.Module, example: tuple[Tensor, ...], dynamic: Any) -> fx.G
     except Exception as e:
         raise UserError(
             "capture",
-            f"torch.export could not capture {type(model).__name__}: {str(e).splitlines()[0]}",
+            f"torch.export could not capture {type(getattr(model, 'model', model)).__name__}: "
+            f"{str(e).splitlines()[0]}",
             "data-dependent Python control flow in forward() is the usual reason",
         ) from e
     module = exported.module(check_guards=False)
@@ -252,13 +253,13 @@ def _finish(
     config: dict[str, Any],
 ) -> Program:
     sites = find_ffn_sites(module)
+    macs = projection_macs(module, sites)  # refuses by name what is neither FFN nor attention
     if not sites:
         raise UserError(
             "no-ffn",
             "no feed-forward network was found in the captured graph",
             "carve looks for linear(act(linear(x))) and linear(act(linear(x)) * linear(x))",
         )
-    macs = projection_macs(module, sites)
     return Program(module, kind, inputs, outputs, example, dynamic, sites, macs, config)
 
 
@@ -291,9 +292,20 @@ def capture_transformers(model: nn.Module) -> Program:
     return _capture_encoder(model, names)
 
 
+def _use_attention(model: nn.Module, kind: str) -> None:
+    try:
+        model.set_attn_implementation(kind)  # type: ignore[operator]
+    except ValueError as e:
+        raise UserError(
+            "architecture",
+            f"{type(model).__name__} has no attention that carve can capture: {str(e)[:120]}",
+            "carve takes transformers with attention and dense FFNs",
+        ) from e
+
+
 def _capture_decoder(model: nn.Module, names: set[str]) -> Program:
     config: Any = model.config
-    model.set_attn_implementation(_INTERFACE)  # type: ignore[operator]
+    _use_attention(model, _INTERFACE)
     text = config.get_text_config()
     layers = text.num_hidden_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -320,7 +332,7 @@ def _capture_decoder(model: nn.Module, names: set[str]) -> Program:
 
 def _capture_encoder(model: nn.Module, names: set[str]) -> Program:
     config: Any = model.config
-    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    _use_attention(model, "sdpa")
     if "pixel_values" in names:
         size = config.image_size
         size = size if isinstance(size, (tuple, list)) else (size, size)

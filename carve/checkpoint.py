@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,7 @@ class Checkpoint:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named below, and refused
             )
         except Exception as e:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -150,7 +152,11 @@ class Checkpoint:
             ) from e
         finally:
             transformers.logging.set_verbosity(level)
-        wrong = sorted(str(k) for k in [*info["missing_keys"], *info["mismatched_keys"]])
+        # A weight of a layer that the model does not have is a truncated model; a left-over
+        # head or buffer is not.
+        extra = [k for k in info["unexpected_keys"] if re.search(r"\.\d+\.", k)]
+        mismatched = [k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"]]
+        wrong = sorted({*info["missing_keys"], *mismatched, *extra})
         if wrong:
             raise UserError(
                 "config-mismatch",

@@ -108,6 +108,8 @@ def _elementwise(n: fx.Node) -> bool:
         return False
     if n.target in _TRANSPARENT:
         return isinstance(n.args[0], fx.Node) and _width(n) == _width(n.args[0])
+    if n.target is aten.hardswish.default:  # elementwise, though torch does not tag it
+        return True
     return isinstance(n.target, torch._ops.OpOverload) and torch.Tag.pointwise in n.target.tags
 
 
@@ -182,8 +184,10 @@ def _activation(
     module: fx.GraphModule, down: fx.Node, leaves: list[_Leaf], body: list[fx.Node]
 ) -> tuple[str, list[_Leaf]] | None:
     """Name of the activation and the leaves in the order (gate, up), or (up,)."""
-    grid = torch.linspace(-6.0, 6.0, 97)
-    other = torch.linspace(3.0, -2.0, 97)
+    # Far points tell a clamped activation from a plain one.
+    far = torch.tensor([-1000.0, -90.0, -25.0, -9.0, 9.0, 25.0, 90.0, 1000.0])
+    grid = torch.cat((torch.linspace(-6.0, 6.0, 97), far, far.flip(0)))
+    other = torch.cat((torch.linspace(3.0, -2.0, 97), 0.7 * far.flip(0), 1.3 * far))
     try:
         probes = {leaf.node: v for leaf, v in zip(leaves, (grid, other), strict=False)}
         got = _evaluate(module, body, dict(probes), down.args[0])
@@ -193,7 +197,7 @@ def _activation(
         return None
 
     def same(expected: Tensor) -> bool:
-        return bool((got - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max())))
+        return torch.allclose(got, expected, rtol=1e-5, atol=2e-5)
 
     for name, act in ACTIVATIONS.items():
         if len(leaves) == 1:

@@ -82,13 +82,14 @@ class Compensate(Pass[CompensateConfig]):
         chosen = routed.logits(x).topk(routed.top_k, 1).indices
         left_out = torch.ones(len(x), len(groups)).scatter_(1, chosen, 0.0)
         missing, prior = _left_out(site, groups, x, left_out)
-        w = token_weights(site.dense(x))[:, None]
+        dense = site.dense(x)
+        w = token_weights(dense)[:, None]
         gram = (left_out * w).T @ left_out
         pull = self.config.shrink * gram.diagonal().mean()
         right = (left_out * w).T @ missing + pull * prior
         gram.diagonal().add_(pull)
         c = torch.linalg.solve(gram.double(), right.double()).float()
-        scale = (w * site.dense(x).square()).sum().clamp_min(1e-30)
+        scale = (w * dense.square()).sum().clamp_min(1e-30)
         metrics.error_before[site.name] = float((w * missing.square()).sum() / scale)
         metrics.error_after[site.name] = float(
             (w * (missing - left_out @ c).square()).sum() / scale

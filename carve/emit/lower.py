@@ -223,7 +223,9 @@ def lower(model: ir.Model, weights: dict[str, Tensor], program: Program, bits: i
     b = Builder(model, bits)
     # Equal cosines and sines become one value, which tells equal rotary embeddings.
     onnx_passes.CommonSubexpressionEliminationPass()(model)
-    placeholders: dict[str, list[ir.Node]] = {kind: [] for kind in ("Attention", "RoutedFFN", "Linear")}
+    placeholders: dict[str, list[ir.Node]] = {
+        kind: [] for kind in ("Attention", "RoutedFFN", "Linear")
+    }
     for node in graph:
         if node.domain == DOMAIN:
             placeholders[node.op_type].append(node)
