@@ -146,6 +146,21 @@ def text_batches(
     return sentence_batches(tokenizer, sentences, length, 32)
 
 
+def limit_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """The first rows of the first batches, about ``tokens`` tokens, at least one row."""
+    taken = []
+    for batch in batches:
+        rows = batch.inputs[0]
+        each = rows.shape[1] if rows.ndim == 2 else 1
+        count = min(rows.shape[0], max(1, round(tokens / each)))
+        mask = None if batch.mask is None else batch.mask[:count]
+        taken.append(Batch(tuple(t[:count] for t in batch.inputs), mask))
+        tokens -= count * each
+        if tokens <= 0:
+            break
+    return taken
+
+
 class SiteInputs:
     """What each FFN site sees on the calibration batches: ``[T, d]`` a site.
 

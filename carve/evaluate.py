@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carve.calibration import Batch
+from carve.calibration import Batch, limit_batches
 from carve.program import Program
 
 Forward = Callable[[tuple[Tensor, ...]], Tensor]
@@ -69,21 +69,12 @@ class Evaluator:
     def limited(self, tokens: int) -> Evaluator:
         """The same comparison on the first batches, about ``tokens`` tokens."""
         small = object.__new__(Evaluator)
-        small.kind, small.batches, small.reference = self.kind, [], []
-        for batch, kept in zip(self.batches, self.reference, strict=True):
-            rows = batch.inputs[0]
-            each = rows.shape[1] if rows.ndim == 2 else 1
-            take = min(rows.shape[0], max(1, round(tokens / each)))
-            small.batches.append(
-                Batch(
-                    tuple(t[:take] for t in batch.inputs),
-                    None if batch.mask is None else batch.mask[:take],
-                )
-            )
-            small.reference.append(kept[:take])
-            tokens -= take * each
-            if tokens <= 0:
-                break
+        small.kind = self.kind
+        small.batches = limit_batches(self.batches, tokens)
+        small.reference = [
+            kept[: len(batch.inputs[0])]
+            for batch, kept in zip(small.batches, self.reference, strict=False)
+        ]
         return small
 
     def loss(self, program: Program) -> float:

@@ -206,7 +206,7 @@ class _Conversion:
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
         from carve.budget import plan_widths
-        from carve.calibration import SiteInputs
+        from carve.calibration import SiteInputs, limit_batches
         from carve.evaluate import Evaluator
         from carve.passbase import Context
 
@@ -214,7 +214,7 @@ class _Conversion:
         splits = plan_widths(
             self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k
         )
-        judge = Evaluator(self.program, batches).limited(judged)
+        judge = Evaluator(self.program, limit_batches(batches, judged))
         inputs = SiteInputs.collect(
             self.program, batches, lambda items: self.progress(items, "calibration")
         )

@@ -28,7 +28,13 @@ import baselines
 
 from carve import passes as p
 from carve.budget import plan_widths
-from carve.calibration import SiteInputs, load_tokenizer, read_text, text_batches
+from carve.calibration import (
+    SiteInputs,
+    limit_batches,
+    load_tokenizer,
+    read_text,
+    text_batches,
+)
 from carve.capture import capture_checkpoint
 from carve.evaluate import Evaluator, as_dict
 from carve.passbase import Context, PassManager
@@ -63,7 +69,7 @@ class Bench:
         self.held = text_batches(self.program, self.tokenizer, held, length, eval_tokens)
         self.evaluator = Evaluator(self.program, self.held)
         self.inputs = SiteInputs.collect(self.program, self.batches)
-        self.judge = Evaluator(self.program, self.batches).limited(4096)
+        self.judge = Evaluator(self.program, limit_batches(self.batches, 4096))
 
     def carve(self, share: float, router: str, compensate: str) -> dict[str, Any]:
         """carve's own passes; ``compensate``: judged, always or never."""
