@@ -77,7 +77,8 @@ def routings(program: Program, inputs: Sequence[Tensor]) -> list[bytes]:
 
 
 def _relative(have: Tensor, want: Tensor) -> Tensor:
-    return (have - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-20)
+    error: Tensor = (have - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-20)
+    return error
 
 
 def _jittered(bits: int) -> LinearRule:
