@@ -128,14 +128,15 @@ def main() -> None:
     a.add_argument("--seeds", default="0,1,2")
     a.add_argument("--tokens", type=int, default=36_000, help="calibration tokens")
     a.add_argument("--eval-tokens", type=int, default=24_000)
-    a.add_argument("--methods", help="only those whose name holds this word")
+    a.add_argument("--methods", help="only these, by their names in the table, separated by |")
     a.add_argument("--json", type=Path, help="keep every figure")
     args = a.parse_args()
     folder = minilm_folder() if args.minilm else args.model
     if folder is None:
         a.error("give a model or --minilm")
     shares = [float(s) for s in args.ffn_active.split(",")]
-    methods = {k: f for k, f in METHODS.items() if not args.methods or args.methods in k}
+    wanted = args.methods.split("|") if args.methods else list(METHODS)
+    methods = {k: METHODS[k] for k in wanted}
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for seed in map(int, args.seeds.split(",")):
         torch.manual_seed(seed)

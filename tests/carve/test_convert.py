@@ -222,7 +222,9 @@ def test_analytical_router_over_another_artifact(
 ) -> None:
     shutil.copytree(done.path, out)
     before = (out / "manifest.json").read_text()
-    assert convert(checkpoint, out, "--budget", "0.7", "--set", "convert.router=analytical") == 0
+    # Eight experts of the least width leave nothing for a shared expert.
+    settings = ["--set", "convert.router=analytical", "--set", "convert.num_experts=8"]
+    assert convert(checkpoint, out, "--budget", "0.7", *settings) == 0
     answer = result(capsys)
     assert "route_analytical" in [p["name"] for p in answer["passes"]]
     split = answer["passes"][1]["metrics"]["splits"]["model.layers.0.mlp"]
@@ -378,7 +380,7 @@ def test_budget_outside(
 def test_budget_out_of_reach(checkpoint: Path, out: Path, capsys: Captured) -> None:
     message = refused(checkpoint, out, capsys, "--budget", "0.3")
     assert message.startswith("budget")
-    assert "the least is 0.608" in message
+    assert "the least is 0.606" in message
 
 
 def test_both_budgets(checkpoint: Path, out: Path, capsys: Captured) -> None:
