@@ -125,7 +125,7 @@ def _convert_checkpoint(
         )
     tokenizer = load_tokenizer(path)
     _check_vocabulary(program, tokenizer.get_vocab_size())
-    length = min(config.length, _max_length(program.config))
+    length = min(config.length, program.max_length)
     tokens, final, _, _ = default_tokens(config, checkpoint.num_parameters)
     batches = text_batches(
         program, tokenizer, read_text(config.calibration, "calibration.txt"), length, tokens
@@ -135,16 +135,6 @@ def _convert_checkpoint(
     )
     source = {"path": str(path), "sha256": checkpoint.sha256()}
     return _Conversion(program, out, config, passes, progress, source).run(batches, held, path)
-
-
-def _max_length(config: dict[str, Any]) -> int:
-    for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(config.get(key), int):
-            # RoBERTa keeps two positions for its padding index.
-            return int(config[key]) - (
-                2 if config.get("model_type") in ("roberta", "xlm-roberta") else 0
-            )
-    return 2048
 
 
 def _check_vocabulary(program: Program, size: int) -> None:
@@ -317,7 +307,7 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
             r = site.routed
             chosen = float(select(r.logits(flat), r.top_k).sum())
             neurons = int(r.shared_size * len(flat) + chosen * r.expert_size)
-            router = (r.router.numel() * (1 if r.router_gate is None else 2)) * len(flat)
+            router = r.router_macs * len(flat)
         used[site.name] = used.get(site.name, 0.0) + neurons * _neuron_macs(site) + router
 
     for batch in batches:
@@ -341,7 +331,7 @@ def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> di
     c = program.config
     facts: dict[str, Any] = {
         "vocab_size": c.get("vocab_size"),
-        "max_length": _max_length(c),
+        "max_length": program.max_length,
         "bos_token_id": c.get("bos_token_id"),
         "eos_token_ids": _ids(c.get("eos_token_id")),
         "pooling": None,

@@ -71,8 +71,12 @@ class RoutedFFN:
         """Multiply-accumulates a token, the router counted."""
         d = self.expert_up.shape[-1]
         matrices = 2 if self.expert_gate is None else 3
-        router = self.router.numel() * (1 if self.router_gate is None else 2)
-        return matrices * d * self.active_size + router
+        return matrices * d * self.active_size + self.router_macs
+
+    @property
+    def router_macs(self) -> int:
+        """Multiply-accumulates a token of the router alone."""
+        return self.router.numel() * (1 if self.router_gate is None else 2)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by argument name."""
@@ -137,8 +141,8 @@ class DenseFFN:
 class FFNSite:
     """An FFN that passes may rewrite.
 
-    ``name`` is the module path, ``input`` and ``output`` the FX nodes of its input and result,
-    ``body`` the nodes in between; ``routed`` is set once the site is carved.
+    ``name`` is the module path, ``input`` and ``output`` the FX nodes of its input and result;
+    ``routed`` is set once the site is carved.
     """
 
     name: str
@@ -172,6 +176,16 @@ class Program:
     attention_macs: int
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the source configuration allows, 2,048 where it names none."""
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(self.config.get(key), int):
+                # RoBERTa keeps two positions for its padding index.
+                roberta = self.config.get("model_type") in ("roberta", "xlm-roberta")
+                return int(self.config[key]) - (2 if roberta else 0)
+        return 2048
 
     @property
     def dense_macs(self) -> int:

@@ -27,12 +27,11 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, key/value heads, their width, and the longest sequence."""
+    """Query heads, key/value heads, and their width."""
 
     query: int
     key_value: int
     width: int
-    max_length: int
 
 
 @dataclass

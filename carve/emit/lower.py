@@ -231,12 +231,11 @@ def lower(model: ir.Model, weights: dict[str, Tensor], program: Program, bits: i
             placeholders[node.op_type].append(node)
     if placeholders["Attention"]:
         lengths = attention_lengths(b, model, graph[0])
-        limit = int(program.config.get("max_position_embeddings") or 0)
         _, kv, _, width = program.example[2].shape
-        tables = RotaryTables(b, limit, width)
+        tables = RotaryTables(b, program.max_length, width)
         for node in placeholders["Attention"]:
             count = int(given(node.inputs[0]).shape[1])  # type: ignore[index, arg-type]
-            lower_attention(b, node, lengths, Heads(count, kv, width, limit), weights, tables)
+            lower_attention(b, node, lengths, Heads(count, kv, width), weights, tables)
         onnx_passes.RemoveUnusedNodesPass()(model)
     for node in placeholders["RoutedFFN"]:
         site = program.sites[node.attributes["site"].as_int()]
