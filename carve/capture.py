@@ -28,7 +28,7 @@ _SMALL = 500_000_000
 
 
 def _cache_of(past: tuple[Tensor, ...]) -> Any:
-    """What a decoder's layers see as ``past_key_values`` while they are traced.
+    """What a decoder's layers see as their cache while they are traced.
 
     ``update`` hands back only the new keys and values: the attention operator joins them with the
     past.
@@ -102,19 +102,26 @@ def _register_interface() -> None:
 _ACTIVE: list[Any] = []
 
 
+# transformers 5.24 renamed the argument.
+_CACHE_NAMES = ("cache", "past_key_values")
+
+
 class _Decoder(nn.Module):
     """``(input_ids, position_ids, *past) -> (logits, *present)`` over a causal model."""
 
     def __init__(self, model: nn.Module, names: set[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
+        self.cache_name = next(n for n in _CACHE_NAMES if n in names)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         cache = _cache_of(past)
         _ACTIVE.append(cache)
         try:
-            extra = {"position_ids": position_ids} if "position_ids" in self.names else {}
-            out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+            extra: dict[str, Any] = {self.cache_name: cache}
+            if "position_ids" in self.names:
+                extra["position_ids"] = position_ids
+            out = self.model(input_ids=input_ids, use_cache=True, **extra)
         finally:
             _ACTIVE.pop()
         return (out.logits, *(t for i in sorted(cache.present) for t in cache.present[i]))
@@ -286,7 +293,8 @@ def capture_transformers(model: nn.Module) -> Program:
     model.eval()
     config: Any = model.config
     names = set(inspect.signature(model.forward).parameters)
-    causal = "past_key_values" in names and "labels" in names and not config.is_encoder_decoder
+    cached = any(n in names for n in _CACHE_NAMES)
+    causal = cached and "labels" in names and not config.is_encoder_decoder
     if causal and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return _capture_decoder(model, names)
     return _capture_encoder(model, names)
