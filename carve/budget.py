@@ -58,29 +58,47 @@ def splits_of(site: FFNSite, num_experts: int | None, top_k: int | None) -> list
     return found
 
 
-def choose_split(
-    site: FFNSite,
-    macs: float,
-    shared_share: float,
-    num_experts: int | None = None,
-    top_k: int | None = None,
-) -> Split:
-    """The split of largest active width within ``macs``, near the wanted shared share.
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of the widths.
+
+    ``limit``: multiply-accumulates a token that all FFNs together may use; ``count_routers``:
+    whether routers are among them (a budget) or not (a pinned share of the neurons).
+    ``shared_share``: wanted share of the active neurons in the shared expert. ``num_experts`` and
+    ``top_k`` are fixed where given.
+    """
+
+    limit: float
+    count_routers: bool = True
+    shared_share: float = 0.55
+    num_experts: int | None = None
+    top_k: int | None = None
+
+
+def cost_of(site: FFNSite, split: Split | None, request: Request) -> int:
+    """Multiply-accumulates a token as the request counts them; None is the dense FFN."""
+    if split is None:
+        return site.dense.macs
+    if request.count_routers:
+        return macs_of(site, split)
+    return matrices(site) * site.dense.up.shape[1] * split.active_size
+
+
+def choose_split(site: FFNSite, macs: float, request: Request) -> Split:
+    """The split of largest active width that costs at most ``macs``, near the wanted shared share.
 
     Args:
         site: the FFN.
-        macs: multiply-accumulates a token that it may use.
-        shared_share: wanted share of the active neurons that the shared expert holds.
-        num_experts: fix the number of experts.
-        top_k: fix the experts a token.
+        macs: what it may cost, see `cost_of`.
+        request: shared share, and what is fixed.
 
     Raises:
         UserError: no split is that small.
     """
-    options = splits_of(site, num_experts, top_k)
-    fitting = [s for s in options if macs_of(site, s) <= macs]
+    options = splits_of(site, request.num_experts, request.top_k)
+    fitting = [s for s in options if cost_of(site, s, request) <= macs]
     if not fitting:
-        least = min((macs_of(site, s) for s in options), default=site.dense.macs)
+        least = min((cost_of(site, s, request) for s in options), default=site.dense.macs)
         raise UserError(
             "budget",
             f"{site.name}: no split fits; the least is {least / site.dense.macs:.3f} of the FFN",
@@ -88,42 +106,41 @@ def choose_split(
         )
 
     def cost(s: Split) -> tuple[float, float]:
-        unused = (macs - macs_of(site, s)) / site.dense.macs
-        share = abs(s.shared_size / s.active_size - shared_share)
+        unused = (macs - cost_of(site, s, request)) / site.dense.macs
+        share = abs(s.shared_size / s.active_size - request.shared_share)
         # Half a percent of the FFN left unused weighs as much as a tenth of shared share.
         return (round(unused / 0.005) * 0.1 + share, -s.num_experts)
 
     return min(fitting, key=cost)
 
 
-def least_budget(
-    program: Program, num_experts: int | None = None, top_k: int | None = None
-) -> float:
+def least_budget(program: Program, request: Request | None = None) -> float:
     """The smallest budget that any choice of widths reaches."""
+    r = request or Request(0.0)
     least = sum(
-        min((macs_of(s, o) for o in splits_of(s, num_experts, top_k)), default=s.dense.macs)
+        min((macs_of(s, o) for o in splits_of(s, r.num_experts, r.top_k)), default=s.dense.macs)
         for s in program.sites
     )
     return (program.attention_macs + least) / program.dense_macs
 
 
-def plan_widths(
+def make_request(
     program: Program,
     budget: float | None,
     ffn_active: float | None,
-    shared_share: float,
+    shared_share: float = 0.55,
     num_experts: int | None = None,
     top_k: int | None = None,
-) -> dict[str, Split]:
-    """Uniform widths for every site: the same share of each FFN.
+) -> Request:
+    """What a budget or a pinned share asks of this program.
 
     Args:
         program: the dense program.
         budget: share of the blocks' multiply-accumulates, in (0, 1].
-        ffn_active: or the share of the FFNs that is active, in (0, 1].
-        shared_share: see `choose_split`.
-        num_experts: see `choose_split`.
-        top_k: see `choose_split`.
+        ffn_active: or the share of the FFNs' neurons that is active, in (0, 1].
+        shared_share: see `Request`.
+        num_experts: see `Request`.
+        top_k: see `Request`.
 
     Raises:
         UserError: outside (0, 1], or below what any widths reach; the message gives the least.
@@ -134,28 +151,32 @@ def plan_widths(
             "budget", f"the budget is {asked}; it has to be in (0, 1]", "try --budget 0.6"
         )
     ffn = sum(s.dense.macs for s in program.sites)
-    if ffn_active is None:
-        share = (asked * program.dense_macs - program.attention_macs) / ffn
-        least = least_budget(program, num_experts, top_k)
-        if asked < least:
-            raise UserError(
-                "budget",
-                f"budget {asked} cannot be reached by carving the FFNs; the least is {least:.3f}",
-                f"attention alone is {program.attention_macs / program.dense_macs:.3f}",
-            )
-    else:
-        share = asked
-    splits: dict[str, Split] = {}
+    limit = (
+        asked * program.dense_macs - program.attention_macs if ffn_active is None else asked * ffn
+    )
+    request = Request(limit, ffn_active is None, shared_share, num_experts, top_k)
+    if ffn_active is None and asked < (least := least_budget(program, request)):
+        raise UserError(
+            "budget",
+            f"budget {asked} cannot be reached by carving the FFNs; the least is {least:.3f}",
+            f"attention alone is {program.attention_macs / program.dense_macs:.3f}",
+        )
+    return request
+
+
+def plan_widths(program: Program, request: Request) -> dict[str, Split | None]:
+    """Uniform widths for every site: the same share of each FFN.
+
+    Raises:
+        UserError: no widths are that small.
+    """
+    share = request.limit / sum(s.dense.macs for s in program.sites)
+    splits: dict[str, Split | None] = {}
     left = 0.0
     # From the last site to the first: the early ones matter most, and get what is left over.
     for s in reversed(program.sites):
-        # A pinned share is of the neurons; a budget counts the router too.
-        router = s.dense.up.shape[1] * 32 if ffn_active is not None else 0
-        asked_macs = share * s.dense.macs
         # Widths come in steps: what one site cannot use, the one before may.
-        splits[s.name] = choose_split(
-            s, asked_macs + router + left, shared_share, num_experts, top_k
-        )
-        if ffn_active is None:
-            left += asked_macs - macs_of(s, splits[s.name])
+        asked = share * s.dense.macs + left
+        splits[s.name] = choose_split(s, asked, request)
+        left = asked - cost_of(s, splits[s.name], request)
     return splits

@@ -89,10 +89,20 @@ def token_rows(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> Ten
     return torch.tensor(rows, dtype=torch.long)
 
 
+def interleaved(count: int, size: int) -> list[list[int]]:
+    """Indices below ``count`` in groups of at most ``size``, each spread over the whole range.
+
+    Text comes in order of its sources; a group of neighbours would show one of them only.
+    """
+    groups = -(-count // size)
+    return [list(range(i, count, groups)) for i in range(groups)]
+
+
 def decoder_batches(program: Program, rows: Tensor, size: int) -> list[Batch]:
     """Batches of a decoder's inputs with an empty cache."""
     batches = []
-    for part in torch.split(rows, size):
+    for index in interleaved(len(rows), size):
+        part = rows[index]
         position = torch.arange(part.shape[1])[None].repeat(part.shape[0], 1)
         batches.append(Batch((part, position, *program.empty_cache(part.shape[0]))))
     return batches
@@ -104,8 +114,8 @@ def sentence_batches(
     """Batches of an encoder's inputs, padded to the longest sentence of the batch."""
     encoded = [e.ids[:length] for e in tokenizer.encode_batch(list(sentences))]
     batches = []
-    for i in range(0, len(encoded), size):
-        part = encoded[i : i + size]
+    for index in interleaved(len(encoded), size):
+        part = [encoded[i] for i in index]
         longest = max(map(len, part))
         ids = torch.tensor([p + [0] * (longest - len(p)) for p in part])
         mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in part])
@@ -159,6 +169,16 @@ def limit_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
         if tokens <= 0:
             break
     return taken
+
+
+def hold_back(batches: Sequence[Batch], tokens: int) -> tuple[list[Batch], list[Batch]]:
+    """``(rest, judged)``: about ``tokens`` tokens for judging, and the batches without them.
+
+    With fewer than four times as many batches as that takes, the judged tokens stay in the rest.
+    """
+    judged = limit_batches(batches, tokens)
+    rest = list(batches[len(judged) :])
+    return (rest if len(rest) >= 3 * len(judged) else list(batches)), judged
 
 
 class SiteInputs:

@@ -294,6 +294,7 @@ def capture_transformers(model: nn.Module) -> Program:
     config: Any = model.config
     names = set(inspect.signature(model.forward).parameters)
     cached = any(n in names for n in _CACHE_NAMES)
+    cached &= hasattr(config.get_text_config(), "num_attention_heads")  # Mamba's cache is another
     causal = cached and "labels" in names and not config.is_encoder_decoder
     if causal and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return _capture_decoder(model, names)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from carve.config import EFFORTS
 from carve.errors import CarveError
 from carve.version import __version__
 
@@ -39,6 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("-o", "--output", help="the artifact's folder (default: MODEL's name + -carved)")
     c.add_argument("--budget", type=float, help="share of the blocks' multiply-accumulates, (0, 1]")
     c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
+    c.add_argument(
+        "--effort",
+        choices=EFFORTS,
+        help="training allowed: none (closed forms), layer (default) or full (end to end as well)",
+    )
     c.add_argument("--bits", type=int, help="16 (unquantized), 8 or 4 (default)")
     c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")
     c.add_argument("--calibration", help="a text file instead of the bundled text")
@@ -163,6 +169,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     given = {
         "budget": args.budget,
         "ffn_active": args.ffn_active,
+        "effort": args.effort,
         "bits": args.bits,
         "targets": args.target.split(",") if args.target else None,
         "calibration": args.calibration,

@@ -15,7 +15,18 @@ from typing import Any
 
 from carve.errors import UserError
 
-PASS_NAMES = ("profile", "carve", "route_analytical", "route_ridge", "compensate")
+PASS_NAMES = (
+    "profile",
+    "allocate",
+    "carve",
+    "route_analytical",
+    "route_ridge",
+    "compensate",
+    "refit",
+    "distill",
+    "finetune",
+)
+EFFORTS = ("none", "layer", "full")
 TARGETS = ("onnx-cpu",)
 
 
@@ -29,6 +40,10 @@ class ConvertConfig:
         ffn_active: pin the active share of the FFNs instead.
         bits: 16 (unquantized), 8 or 4.
         targets: what to emit.
+        effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
+            tokens) or ``full`` (an end-to-end pass as well).
+        exact: keep the dense weights as they are: widths, routers and compensation only, so that
+            every expert on is the dense model; ``effort`` has no say then.
         router: ``ridge`` or ``analytical``.
         shared_share: wanted share of the active neurons that the shared expert holds.
         num_experts: fix the number of routed experts.
@@ -46,8 +61,10 @@ class ConvertConfig:
     ffn_active: float | None = None
     bits: int = 4
     targets: tuple[str, ...] = TARGETS
+    effort: str = "layer"
+    exact: bool = False
     router: str = "ridge"
-    shared_share: float = 0.55
+    shared_share: float = 0.7
     num_experts: int | None = None
     top_k: int | None = None
     calibration: str | None = None
@@ -81,6 +98,14 @@ def _check(c: ConvertConfig) -> None:
     for t in c.targets:
         if t not in TARGETS:
             raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")
+    if c.effort not in EFFORTS:
+        raise UserError("config", f"unknown effort {c.effort!r}{nearest(str(c.effort), EFFORTS)}")
+    if c.router == "analytical" and c.effort != "none" and not c.exact:
+        raise UserError(
+            "config",
+            "the analytical router cannot be trained with",
+            "choose --effort none, or router = 'ridge'",
+        )
     if c.router not in ("ridge", "analytical"):
         raise UserError("config", f"router {c.router!r} is neither 'ridge' nor 'analytical'")
     for low, value, label in (

@@ -111,10 +111,15 @@ def router_logits(
     return scores
 
 
-def select(logits: Tensor, top_k: int) -> Tensor:
-    """Boolean mask ``[..., E]`` of the ``top_k`` largest scores of each token."""
+def select(logits: Tensor, top_k: int, dynamic: bool = False) -> Tensor:
+    """Boolean mask ``[..., E]`` of the ``top_k`` largest scores of each token.
+
+    With ``dynamic`` only the positive ones among them, so that an easy token takes fewer experts;
+    an absolute threshold is part of the router's bias.
+    """
     chosen = logits.topk(top_k, dim=-1).indices
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
+    mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
+    return mask & (logits > 0) if dynamic else mask
 
 
 _LIB.define(
@@ -122,7 +127,7 @@ _LIB.define(
     "Tensor? shared_up_bias, Tensor? shared_down, Tensor? output_bias, Tensor? expert_gate, "
     "Tensor? expert_gate_bias, Tensor expert_up, Tensor? expert_up_bias, Tensor expert_down, "
     "Tensor? expert_bias, Tensor router, Tensor? router_bias, Tensor? router_gate, "
-    "str activation, int top_k) -> Tensor"
+    "str activation, int top_k, bool dynamic) -> Tensor"
 )
 
 
@@ -145,11 +150,13 @@ def routed_ffn(
     router_gate: Tensor | None,
     activation: str,
     top_k: int,
+    dynamic: bool,
 ) -> Tensor:
     """An FFN as one shared expert and routed experts with mean compensation.
 
     ``y(x) = FFN_s(x) + b + sum over e in T(x) of (FFN_e(x) + b_e)``, ``T(x)`` the ``top_k``
-    experts with the largest router scores, each with weight exactly 1. ``b`` (``output_bias``)
+    experts with the largest router scores (``dynamic``: those among them whose score is positive),
+    each with weight exactly 1. ``b`` (``output_bias``)
     holds the dense output bias and the sum of the experts' means ``c_e``; ``b_e``
     (``expert_bias``) is ``-c_e``, so an expert that is left out leaves its mean behind.
 
@@ -169,7 +176,9 @@ def routed_ffn(
             if output_bias is None
             else output_bias.to(x.dtype).expand_as(flat)
         )
-    chosen = select(router_logits(flat, router, router_bias, router_gate, activation), top_k)
+    chosen = select(
+        router_logits(flat, router, router_bias, router_gate, activation), top_k, dynamic
+    )
     for e in range(expert_up.shape[0]):
         rows = chosen[:, e].nonzero().squeeze(1)
         if rows.numel() == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from carve.calibration import Batch, limit_batches
-from carve.program import Program
+from carve.program import FFN, Program
 
 Forward = Callable[[tuple[Tensor, ...]], Tensor]
 
@@ -77,14 +77,14 @@ class Evaluator:
         ]
         return small
 
-    def loss(self, program: Program) -> float:
+    def loss(self, program: Program, replace: Mapping[str, FFN] | None = None) -> float:
         """KL to the dense program, or 1 - mean cosine for encoders."""
-        quality = self(program)
+        quality = self(program, replace)
         return quality.kl if isinstance(quality, LanguageQuality) else 1.0 - quality.cosine_mean
 
-    def __call__(self, program: Program) -> Quality:
-        """Quality of ``program`` in torch."""
-        return self.compare(lambda inputs: program.run(*inputs)[0])
+    def __call__(self, program: Program, replace: Mapping[str, FFN] | None = None) -> Quality:
+        """Quality of ``program`` in torch, with ``replace`` as in `Program.run`."""
+        return self.compare(lambda inputs: program.run(*inputs, replace=replace)[0])
 
     def compare(self, forward: Forward) -> Quality:
         """Quality of anything that maps a batch's inputs to logits or hidden states."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carve.dialect import LinearRule, linear_rule, select
+from carve.dialect import LinearRule, linear_rule
 from carve.emit import pack
 from carve.errors import CarveError
 from carve.program import FFNSite, Program
@@ -67,7 +67,7 @@ def routings(program: Program, inputs: Sequence[Tensor]) -> list[bytes]:
     def keep(site: FFNSite, x: Tensor) -> None:
         if site.routed is not None:
             flat = x.reshape(-1, x.shape[-1])
-            masks.append(select(site.routed.logits(flat), site.routed.top_k))
+            masks.append(site.routed.chosen(flat))
 
     program.run(*inputs, observe=keep)
     if not masks:

@@ -6,20 +6,28 @@ import logging
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
-from carve.budget import Split
+from carve.budget import Request, Split
 from carve.calibration import Batch, SiteInputs
 from carve.errors import CarveError
-from carve.program import FFNSite, Program, RoutedFFN
+from carve.program import FFN, FFNSite, Program, RoutedFFN
 
 log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
+
+
+class Judge(Protocol):
+    """Gives a program's loss, see `Context`."""
+
+    def __call__(self, program: Program, replace: Mapping[str, FFN] | None = None, /) -> float:
+        """The loss of ``program``, with ``replace`` as in `Program.run`."""
 
 
 def silent(items: Sequence[Any], label: str) -> Iterator[Any]:
@@ -31,17 +39,35 @@ def silent(items: Sequence[Any], label: str) -> Iterator[Any]:
 class Context:
     """What passes share besides the program.
 
-    ``inputs`` are what the dense program's FFNs see on the calibration text; ``splits`` the widths
-    by site; ``seed`` feeds every random choice; ``judge`` gives the loss of a program against the
-    dense one on calibration text, end to end (KL, or 1 - cosine).
+    ``inputs`` are what the dense program's FFNs see on the calibration text; ``request`` is what
+    the user asks of the widths and ``splits`` are the widths by site, None where a site stays
+    dense; ``seed`` feeds every random choice; ``judge`` gives the loss of a program (with FFNs
+    replaced, where they are given by site name) against the dense one, end to end (KL, or 1 -
+    cosine), on calibration text that is not in ``batches``; ``stream`` are all batches, where an
+    end-to-end pass may see more than layer-wise work does; ``state`` is a folder for what a long
+    pass needs to go on after a crash.
     """
 
     batches: Sequence[Batch]
     inputs: SiteInputs
-    splits: dict[str, Split]
+    request: Request
+    splits: dict[str, Split | None]
     seed: int = 0
     progress: Progress = silent
-    judge: Callable[[Program], float] | None = None
+    judge: Judge | None = None
+    stream: Sequence[Batch] = ()
+    state: Path | None = None
+
+    def split(self, site: FFNSite) -> Split:
+        """The widths of a site that is carved.
+
+        Raises:
+            ContractError: the site is to stay dense, or nothing is planned for it.
+        """
+        found = self.splits.get(site.name)
+        if found is None:
+            raise ContractError("contract", f"no widths are planned for {site.name}")
+        return found
 
     def generator(self, salt: str) -> torch.Generator:
         """A random generator that depends on the seed and on ``salt`` alone."""
@@ -119,6 +145,30 @@ def need_routed(site: FFNSite, by: str) -> RoutedFFN:
     return site.routed
 
 
+def unless_worse(program: Program, context: Context | None, rewrite: Callable[[], None]) -> bool:
+    """Run ``rewrite`` and undo it unless the program's loss, end to end, got lower.
+
+    A lower error of every layer is not a better model. Without a judge the rewrite is kept.
+
+    Returns:
+        Whether it was kept.
+    """
+    judge = None if context is None else context.judge
+    if judge is None:
+        rewrite()
+        return True
+    before = judge(program)
+    kept = [(s, s.routed, s.tuned) for s in program.carved]
+    rewrite()
+    if judge(program) < before:
+        return True
+    for site, routed, tuned in kept:
+        if routed is not None:
+            program.set_routed(site, routed)
+            site.tuned = tuned
+    return False
+
+
 class PassManager:
     """Runs passes in order with their contracts and the verifier.
 
@@ -182,7 +232,8 @@ def verify(program: Program, context: Context, tokens: int = 64) -> None:
         if site.routed is None:
             continue
         x = context.inputs.of(site, tokens)
-        want = site.dense(x)
+        # Once tuned, the neurons are others; that no path loses any of them still has to hold.
+        want = (site.routed.merged() if site.tuned else site.dense)(x)
         got = site.routed.with_top_k(site.routed.num_experts)(x)
         error = float((got - want).norm() / want.norm().clamp_min(1e-30))
         # bf16 weights round every partial sum, and the routed FFN has more of them.

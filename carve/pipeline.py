@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from carve.program import Program
 
 log = logging.getLogger(__name__)
+LAYER_TOKENS = 98_304
+"""Most calibration tokens that layer-wise work sees."""
 
 
 def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
@@ -38,24 +40,46 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         if config.router == "ridge"
         else make(p.RouteAnalytical, p.RouteAnalyticalConfig)
     )
-    return [
+    listed: list[Pass[Any]] = [
         make(p.Profile, p.ProfileConfig),
+        make(p.Allocate, p.AllocateConfig),
         make(p.Carve, p.CarveConfig),
         router,
-        make(p.Compensate, p.CompensateConfig),
     ]
+    if config.exact:
+        return [*listed, make(p.Compensate, p.CompensateConfig)]
+    listed.append(make(p.Refit, p.RefitConfig))
+    if config.effort in ("layer", "full"):
+        listed.append(make(p.Distill, p.DistillConfig))
+    if config.effort == "full":
+        listed.append(make(p.Finetune, p.FinetuneConfig))
+    return listed
 
 
-def default_tokens(config: ConvertConfig, parameters: int) -> tuple[int, int, int, int]:
-    """Tokens for calibration, the final figures, the figures after each pass, and for judging.
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens each part of a conversion takes."""
 
-    Small models get what the bundled text holds; a large one as many as about two minutes of
-    forward passes allow on a small machine.
+    calibration: int
+    final: int
+    after_pass: int
+    judge: int
+
+
+def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:
+    """Small models get what the bundled text holds; a large one what minutes of passes allow.
+
+    ``calibration`` is bounded so that walking over the sites, two forward passes and a bit, stays
+    near two minutes on a small machine, and by 100K tokens.
     """
     scale = 2e13 / (2 * parameters)
-    calibration = config.tokens or int(min(40_000, max(8_192, scale)))
+    # Closed forms have what they need from fewer tokens than training does.
+    most = 40_000 if config.exact or config.effort == "none" else LAYER_TOKENS
+    if config.effort == "full" and not config.exact:
+        most = 1_000_000
+    calibration = config.tokens or int(min(most, max(8_192, scale)))
     final = config.eval_tokens or int(min(24_000, max(1_024, scale / 8)))
-    return (
+    return Tokens(
         calibration,
         final,
         min(final, int(max(512, scale / 32))),
@@ -126,13 +150,11 @@ def _convert_checkpoint(
     tokenizer = load_tokenizer(path)
     _check_vocabulary(program, tokenizer.get_vocab_size())
     length = min(config.length, program.max_length)
-    tokens, final, _, _ = default_tokens(config, checkpoint.num_parameters)
-    batches = text_batches(
-        program, tokenizer, read_text(config.calibration, "calibration.txt"), length, tokens
-    )
-    held = text_batches(
-        program, tokenizer, read_text(config.evaluation, "evaluation.txt"), length, final
-    )
+    count = default_tokens(config, checkpoint.num_parameters)
+    text = read_text(config.calibration, "calibration.txt")
+    batches = text_batches(program, tokenizer, text, length, count.calibration)
+    text = read_text(config.evaluation, "evaluation.txt")
+    held = text_batches(program, tokenizer, text, length, count.final)
     source = {"path": str(path), "sha256": checkpoint.sha256()}
     return _Conversion(program, out, config, passes, progress, source).run(batches, held, path)
 
@@ -165,6 +187,8 @@ class _Conversion:
         self.passes = [] if config.is_dense else passes
         self.progress = progress or silent
         self.source = source
+        # Where a long pass keeps what it needs to go on; gone once the artifact is in place.
+        self.state = out.resolve().parent / f".{out.resolve().name}.state"
         self.began = time.monotonic()
 
     def run(self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None) -> Artifact:
@@ -174,13 +198,13 @@ class _Conversion:
 
         program = self.program
         parameters = sum(p.numel() for p in program.module.parameters())
-        _, _, after_pass, judged = default_tokens(self.config, parameters)
+        count = default_tokens(self.config, parameters)
         results: list[PassResult] = []
         quality: dict[str, Any] | None = None
         if self.passes:
-            context = self._context(batches, judged)
+            context = self._context(batches, count.judge)
             evaluator = Evaluator(program, list(self.progress(held, "dense model")))
-            small = evaluator.limited(after_pass)
+            small = evaluator.limited(count.after_pass)
             manager = PassManager(self.passes, measure=lambda p: as_dict(small(p)))
             results = manager(program, context)
             quality = as_dict(evaluator(program))
@@ -192,23 +216,35 @@ class _Conversion:
             report = self._report(results, emit_record, quality, realised)
             self._write(stage, emitted, report, folder)
             art.sync(stage)
+        shutil.rmtree(self.state, ignore_errors=True)
         return Artifact.open(self.out)
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
-        from carve.budget import plan_widths
-        from carve.calibration import SiteInputs, limit_batches
+        from carve.budget import make_request, plan_widths
+        from carve.calibration import SiteInputs, hold_back, limit_batches
         from carve.evaluate import Evaluator
         from carve.passbase import Context
 
         c = self.config
-        splits = plan_widths(
+        request = make_request(
             self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k
         )
-        judge = Evaluator(self.program, limit_batches(batches, judged))
+        stream, held_back = hold_back(batches, judged)
+        layerwise = limit_batches(stream, LAYER_TOKENS)
         inputs = SiteInputs.collect(
-            self.program, batches, lambda items: self.progress(items, "calibration")
+            self.program, layerwise, lambda items: self.progress(items, "calibration")
         )
-        return Context(batches, inputs, splits, c.seed, self.progress, lambda p: judge.loss(p))
+        return Context(
+            layerwise,
+            inputs,
+            request,
+            plan_widths(self.program, request),
+            c.seed,
+            self.progress,
+            Evaluator(self.program, held_back).loss,
+            stream,
+            self.state,
+        )
 
     def _emit(self, stage: Path, held: Sequence[Batch]) -> tuple[Any, dict[str, Any]]:
         from carve.emit.onnx import emit
@@ -245,6 +281,7 @@ class _Conversion:
             "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
             "quality": quality,
             "bits": self.config.bits,
+            "effort": self.config.effort,
             "seconds": round(time.monotonic() - self.began, 1),
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "passes": [*(asdict(r) for r in results), emitted],
@@ -292,7 +329,6 @@ def _head(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tu
 
 def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
     """The budget as held-out tokens really use it: experts counted token by token."""
-    from carve.dialect import select
     from carve.program import FFNSite
 
     used: dict[str, float] = {}
@@ -305,7 +341,7 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
             neurons, router = site.dense.intermediate_size * len(flat), 0
         else:
             r = site.routed
-            chosen = float(select(r.logits(flat), r.top_k).sum())
+            chosen = float(r.chosen(flat).sum())
             neurons = int(r.shared_size * len(flat) + chosen * r.expert_size)
             router = r.router_macs * len(flat)
         used[site.name] = used.get(site.name, 0.0) + neurons * _neuron_macs(site) + router

@@ -7,7 +7,7 @@ the dtype of the checkpoint; `Program.run` executes it with mixed precision (see
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from carve import dialect
 
 Kind = Literal["decoder", "encoder", "module"]
+FFN = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class RoutedFFN:
     router_gate: Tensor | None
     activation: str
     top_k: int
+    dynamic: bool = False
+    mean_top_k: float | None = None
+    """Experts a token on calibration text, where ``dynamic`` leaves it to the token."""
 
     @property
     def num_experts(self) -> int:
@@ -57,9 +61,10 @@ class RoutedFFN:
         return 0 if self.shared_up is None else self.shared_up.shape[0]
 
     @property
-    def active_size(self) -> int:
-        """Neurons that one token passes through, ``s + top_k * m``."""
-        return self.shared_size + self.top_k * self.expert_size
+    def active_size(self) -> float:
+        """Neurons that one token passes through, ``s + k * m`` (``dynamic``: on average)."""
+        k = self.top_k if self.mean_top_k is None else self.mean_top_k
+        return self.shared_size + k * self.expert_size
 
     @property
     def intermediate_size(self) -> int:
@@ -71,7 +76,7 @@ class RoutedFFN:
         """Multiply-accumulates a token, the router counted."""
         d = self.expert_up.shape[-1]
         matrices = 2 if self.expert_gate is None else 3
-        return matrices * d * self.active_size + self.router_macs
+        return round(matrices * d * self.active_size) + self.router_macs
 
     @property
     def router_macs(self) -> int:
@@ -83,13 +88,45 @@ class RoutedFFN:
         items = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in items.items() if isinstance(v, Tensor)}
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `carve.dialect.routed_ffn` after its input, in order."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mean_top_k"}
+
     def with_top_k(self, top_k: int) -> RoutedFFN:
-        """The same weights with another number of experts a token."""
-        return replace(self, top_k=top_k)
+        """The same weights with another, fixed number of experts a token."""
+        return replace(self, top_k=top_k, dynamic=False, mean_top_k=None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the specification on ``x`` ``[..., d]``."""
-        return dialect.routed_ffn(x, *(getattr(self, f.name) for f in fields(self)))
+        return dialect.routed_ffn(x, *self.arguments().values())
+
+    def chosen(self, x: Tensor) -> Tensor:
+        """Boolean mask ``[..., E]`` of the experts that ``x`` ``[..., d]`` takes."""
+        return dialect.select(self.logits(x), self.top_k, self.dynamic)
+
+    def merged(self) -> DenseFFN:
+        """All neurons as one dense FFN, the shared expert's first: what every expert on gives."""
+
+        def rows(shared: Tensor | None, expert: Tensor | None) -> Tensor | None:
+            if expert is None:
+                return None
+            flat = expert.flatten(0, 1)
+            return flat if shared is None else torch.cat((shared, flat))
+
+        down = self.expert_down.transpose(0, 1).flatten(1)
+        bias = self.output_bias
+        if self.expert_bias is not None:
+            total = self.expert_bias.sum(0)
+            bias = total if bias is None else bias + total
+        return DenseFFN(
+            rows(self.shared_gate, self.expert_gate),
+            rows(self.shared_gate_bias, self.expert_gate_bias),
+            rows(self.shared_up, self.expert_up),  # type: ignore[arg-type]
+            rows(self.shared_up_bias, self.expert_up_bias),
+            down if self.shared_down is None else torch.cat((self.shared_down, down), 1),
+            bias,
+            self.activation,
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """Router scores ``[..., E]`` for ``x`` ``[..., d]``."""
@@ -142,7 +179,8 @@ class FFNSite:
     """An FFN that passes may rewrite.
 
     ``name`` is the module path, ``input`` and ``output`` the FX nodes of its input and result;
-    ``routed`` is set once the site is carved.
+    ``routed`` is set once the site is carved; ``tuned`` once its weights are no longer the dense
+    FFN's.
     """
 
     name: str
@@ -150,11 +188,30 @@ class FFNSite:
     output: fx.Node
     dense: DenseFFN
     routed: RoutedFFN | None = None
+    tuned: bool = False
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """The stream that the FFN's result is added to, where it is added at once."""
+        users = list(self.output.users)
+        if len(users) != 1 or users[0].target is not torch.ops.aten.add.Tensor:
+            return None
+        others = [a for a in users[0].args if a is not self.output]
+        return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates a token as the site stands."""
         return (self.routed or self.dense).macs
+
+
+@dataclass(frozen=True)
+class AtSite:
+    """A program that waits at a site: the FFN's input, and the stream its result is added to."""
+
+    site: FFNSite
+    x: Tensor
+    residual: Tensor | None
 
 
 @dataclass
@@ -178,6 +235,11 @@ class Program:
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def carved(self) -> list[FFNSite]:
+        """The sites with routed weights."""
+        return [s for s in self.sites if s.routed is not None]
+
+    @property
     def max_length(self) -> int:
         """Longest sequence the source configuration allows, 2,048 where it names none."""
         for key in ("max_position_embeddings", "n_positions"):
@@ -198,20 +260,61 @@ class Program:
         return self.attention_macs + sum(s.macs for s in self.sites)
 
     def run(
-        self, *inputs: Tensor, observe: Callable[[FFNSite, Tensor], None] | None = None
+        self,
+        *inputs: Tensor,
+        observe: Callable[[FFNSite, Tensor], None] | None = None,
+        replace: Mapping[str, FFN] | None = None,
     ) -> tuple[Tensor, ...]:
         """Execute the graph without gradients.
 
         Args:
             inputs: tensors in the order of ``inputs``.
             observe: called with each site and the site's input as it is reached.
+            replace: by site name, what to run in place of the site's FFN.
 
         Returns:
             The results in the order of ``outputs``.
         """
         with torch.no_grad():
-            result = _Executor(self, observe).run(*inputs)
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+            return self.differentiable(*inputs, observe=observe, replace=replace)
+
+    def differentiable(
+        self,
+        *inputs: Tensor,
+        observe: Callable[[FFNSite, Tensor], None] | None = None,
+        replace: Mapping[str, FFN] | None = None,
+        only_first: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """As `run`, with gradients to whatever in ``replace`` asks for them; see also `steps`."""
+        ffns = replace or {}
+        sites = [s for s in self.sites if s.name in ffns]
+        steps = self.steps(*inputs, sites=sites, observe=observe, only_first=only_first)
+        try:
+            at = next(steps)
+            while True:
+                at = steps.send(ffns[at.site.name](at.x))
+        except StopIteration as stop:
+            return tuple(stop.value)
+
+    def steps(
+        self,
+        *inputs: Tensor,
+        sites: Sequence[FFNSite],
+        observe: Callable[[FFNSite, Tensor], None] | None = None,
+        only_first: bool = False,
+    ) -> Generator[AtSite, Tensor, tuple[Tensor, ...]]:
+        """Execute the graph with a pause at each of ``sites`` for the FFN's result to be sent in.
+
+        Args:
+            inputs: tensors in the order of ``inputs``.
+            sites: where to pause; the graph's own FFN is not computed there.
+            observe: called with each site and the site's input as it is reached.
+            only_first: compute the first result only (a decoder's cache is dropped as it is made).
+
+        Returns:
+            A generator that yields `AtSite`, takes the FFN's output, and returns the results.
+        """
+        return _Executor(self, sites, observe).steps(inputs, only_first)
 
     def empty_cache(self, batch: int) -> list[Tensor]:
         """Cache inputs of length zero for a decoder."""
@@ -234,10 +337,8 @@ class Program:
         )
         with graph.inserting_before(call):
             args = [
-                graph.get_attr(f"{path}.{f.name}")
-                if isinstance(v := getattr(routed, f.name), Tensor)
-                else v
-                for f in fields(routed)
+                graph.get_attr(f"{path}.{name}") if isinstance(v, Tensor) else v
+                for name, v in routed.arguments().items()
             ]
         site.output.replace_all_uses_with(call)
         call.args = (site.input, *args)
@@ -259,24 +360,82 @@ class Program:
 
 
 class _Executor(fx.Interpreter):
-    """Runs a program with mixed-precision linears and a hook at every site."""
+    """Runs a program with mixed-precision linears, hooks at every site and stand-ins for FFNs."""
 
-    def __init__(self, program: Program, observe: Callable[[FFNSite, Tensor], None] | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        paused: Sequence[FFNSite],
+        observe: Callable[[FFNSite, Tensor], None] | None,
+    ) -> None:
         super().__init__(program.module)
         self.observe = observe
         self.sites: dict[fx.Node, list[FFNSite]] = {}
         for s in program.sites:
             self.sites.setdefault(s.input, []).append(s)
+        self.paused = {s.output: s for s in paused}
+
+    def steps(
+        self, inputs: Sequence[Tensor], only_first: bool
+    ) -> Generator[AtSite, Tensor, tuple[Tensor, ...]]:
+        """See `Program.steps`."""
+        graph: fx.Graph = self.module.graph  # type: ignore[assignment]
+        results: Any = graph.output_node().args[0]
+        wanted = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+        order, last_use = self._schedule(graph, wanted[:1] if only_first else wanted)
+        given = iter(inputs)
+        for n in graph.find_nodes(op="placeholder"):
+            self.env[n] = next(given)
+        for n in order:
+            if n in self.paused:
+                site = self.paused[n]
+                residual = None if site.residual is None else self.env[site.residual]
+                self.env[n] = yield AtSite(site, self.env[site.input], residual)
+                # The caller may have rewritten the site: its result has another name then.
+                self.env[site.output] = self.env[n]
+            elif n.op != "placeholder":
+                self.env[n] = self.run_node(n)
+            if self.observe is not None:
+                for site in self.sites.get(n, ()):
+                    self.observe(site, self.env[n])
+            for done in last_use[n]:
+                self.env.pop(done, None)
+                if done in self.paused:
+                    self.env.pop(self.paused[done].output, None)
+        return tuple(self.env[n] if isinstance(n, fx.Node) else n for n in wanted if n in self.env)
+
+    def _schedule(
+        self, graph: fx.Graph, wanted: Sequence[Any]
+    ) -> tuple[list[fx.Node], dict[fx.Node, list[fx.Node]]]:
+        """The nodes that ``wanted`` needs, in order, and which values each uses for the last time.
+
+        Both are of the graph with the paused sites' FFNs left out, so nothing of them is computed.
+        """
+        last_use: dict[fx.Node, list[fx.Node]] = {}
+        seen = {n for n in wanted if isinstance(n, fx.Node)}
+        needed = set(seen)
+        order: list[fx.Node] = []
+        for n in reversed(graph.nodes):
+            if n not in needed and n.op != "placeholder":
+                continue
+            order.append(n)
+            if n in self.paused:
+                site = self.paused[n]
+                used = [site.input] if site.residual is None else [site.input, site.residual]
+            else:
+                used = n.all_input_nodes
+            needed.update(used)
+            last_use[n] = [u for u in dict.fromkeys(used) if u not in seen]
+            if n not in seen:  # an input that nothing reads
+                last_use[n].append(n)
+            seen.update(used)
+        return order[::-1], last_use
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is torch.ops.aten.linear.default:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            result: Any = dialect.linear(*args)
-        else:
-            result = super().run_node(n)
-            if n.target is torch.ops.aten.embedding.default:
-                result = result.float()
-        if self.observe is not None:
-            for site in self.sites.get(n, ()):
-                self.observe(site, result)
+            return dialect.linear(*args)
+        result: Any = super().run_node(n)
+        if n.target is torch.ops.aten.embedding.default:
+            result = result.float()
         return result

@@ -1,18 +1,30 @@
 """The passes, one file each: a frozen configuration, the rewrite, its metrics."""
 
+from carve.passes.allocate import Allocate, AllocateConfig
 from carve.passes.carve import Carve, CarveConfig
 from carve.passes.compensate import Compensate, CompensateConfig
+from carve.passes.distill import Distill, DistillConfig
+from carve.passes.finetune import Finetune, FinetuneConfig
 from carve.passes.profile import Profile, ProfileConfig
+from carve.passes.refit import Refit, RefitConfig
 from carve.passes.route_analytical import RouteAnalytical, RouteAnalyticalConfig
 from carve.passes.route_ridge import RouteRidge, RouteRidgeConfig
 
 __all__ = [
+    "Allocate",
+    "AllocateConfig",
     "Carve",
     "CarveConfig",
     "Compensate",
     "CompensateConfig",
+    "Distill",
+    "DistillConfig",
+    "Finetune",
+    "FinetuneConfig",
     "Profile",
     "ProfileConfig",
+    "Refit",
+    "RefitConfig",
     "RouteAnalytical",
     "RouteAnalyticalConfig",
     "RouteRidge",

@@ -52,19 +52,20 @@ class Carve(Pass[CarveConfig]):
     name = "carve"
 
     def requires(self, program: Program, context: Context) -> None:
-        """Needs the profile and a split for every site."""
+        """Needs the profile and a plan for every site."""
         need_notes(program, "profile", self.name)
         missing = [s.name for s in program.sites if s.name not in context.splits]
         if missing:
             raise ContractError("contract", f"no widths are planned for {', '.join(missing)}")
 
     def call(self, program: Program, context: Context) -> CarveMetrics:
-        """Carve every site."""
+        """Carve every site that is not to stay dense."""
         profiles = program.notes["profile"]
         program.notes["carve"] = {}
         cohesion, random, splits = {}, {}, {}
-        for site in context.progress(program.sites, self.name):
-            split = context.splits[site.name]
+        todo = [s for s in program.sites if context.splits[s.name] is not None]
+        for site in context.progress(todo, self.name):
+            split = context.split(site)
             order = profiles[site.name].energy.argsort(descending=True)
             shared = order[: split.shared_size].sort().values
             rest = order[split.shared_size :]
@@ -83,7 +84,7 @@ class Carve(Pass[CarveConfig]):
 
     def ensures(self, program: Program, context: Context) -> None:
         """Every neuron is in exactly one expert."""
-        for site in program.sites:
+        for site in program.carved:
             shared, groups = program.notes["carve"][site.name]
             every = torch.cat((shared, groups.flatten())).sort().values
             if not torch.equal(every, torch.arange(site.dense.intermediate_size)):

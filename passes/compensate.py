@@ -9,7 +9,7 @@ from torch import Tensor
 
 from carve.passbase import Context, Pass, need_notes, need_routed
 from carve.program import FFNSite, Program, RoutedFFN
-from carve.statistics import token_weights
+from carve.statistics import weights_of_size
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Compensate(Pass[CompensateConfig]):
         metrics = CompensateMetrics({}, {}, {})
         judge = context.judge if self.config.judge else None
         best = judge(program) if judge is not None else float("inf")
-        for site in context.progress(program.sites, self.name):
+        for site in context.progress(program.carved, self.name):
             plain = need_routed(site, self.name)
             program.set_routed(site, self._fit(site, program, context, metrics))
             metrics.kept[site.name] = True
@@ -79,11 +79,10 @@ class Compensate(Pass[CompensateConfig]):
         routed = need_routed(site, self.name)
         _, groups = program.notes["carve"][site.name]
         x = context.inputs.of(site, self.config.tokens)
-        chosen = routed.logits(x).topk(routed.top_k, 1).indices
-        left_out = torch.ones(len(x), len(groups)).scatter_(1, chosen, 0.0)
+        left_out = 1.0 - routed.chosen(x).float()
         missing, prior = _left_out(site, groups, x, left_out)
         dense = site.dense(x)
-        w = token_weights(dense)[:, None]
+        w = weights_of_size(dense)[:, None]
         gram = (left_out * w).T @ left_out
         pull = self.config.shrink * gram.diagonal().mean()
         right = (left_out * w).T @ missing + pull * prior

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from carve.passbase import Context, Pass
 from carve.program import FFNSite, Program
-from carve.statistics import token_weights
+from carve.statistics import weights_of_size
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class NeuronProfile:
     """Statistics of one FFN's neurons, fp32 ``[m]`` each.
 
     ``rate``: share of tokens where the neuron is active. ``energy``: mean squared contribution
-    about its mean, each token weighted (see `carve.statistics.token_weights`).
+    about its mean, each token weighted (see `carve.statistics.weights_of_size`).
     """
 
     rate: Tensor
@@ -76,7 +76,7 @@ class Profile(Pass[ProfileConfig]):
         inside = total = weight = 0.0
         for part in torch.split(x, self.config.chunk):
             h = site.dense.hidden(part)
-            w = token_weights(site.dense(part))[:, None]
+            w = weights_of_size(site.dense(part))[:, None]
             c = h.abs() * column
             marks = c >= c.topk(active, dim=1).values[:, -1:]
             count += marks.sum(0)

@@ -43,7 +43,7 @@ class RouteAnalytical(Pass[RouteAnalyticalConfig]):
     def call(self, program: Program, context: Context) -> RouteAnalyticalMetrics:
         """Set the router of every site."""
         agreement = {}
-        for site in context.progress(program.sites, self.name):
+        for site in context.progress(program.carved, self.name):
             agreement[site.name] = self._route(program, site, context)
         return RouteAnalyticalMetrics(agreement)
 
@@ -60,7 +60,7 @@ class RouteAnalytical(Pass[RouteAnalyticalConfig]):
         member = c[:, groups.flatten()].view(len(x), *groups.shape)
         distance = (member - member.mean(2, keepdim=True)).square().sum(0)
         chosen = groups.gather(1, distance.argmin(1, keepdim=True)).squeeze(1)
-        top_k = context.splits[site.name].top_k
+        top_k = context.split(site).top_k
         new = replace(
             routed,
             router=dense.up[chosen].float(),

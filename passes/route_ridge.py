@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from carve.dialect import select
 from carve.passbase import Context, Pass, need_notes, need_routed
 from carve.program import FFNSite, Program
-from carve.statistics import expert_energy, ridge
+from carve.statistics import expert_energy, ridge, weights_of_size
+from carve.tuning import calibrated
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,17 @@ class RouteRidgeConfig:
 
     ``tokens``: calibration tokens at the most. ``strengths``: ridge strengths tried, as a multiple
     of the mean diagonal of the Gram matrix; the one of least held-out loss wins. ``power``: the
-    target is the norm to this power. ``held_out``: share of the tokens that judge.
+    target is the norm to this power. ``held_out``: share of the tokens that judge. ``dynamic``:
+    choose by an absolute threshold, else always ``top_k``. ``most``: with ``dynamic``, a token
+    takes at most so many times the mean number of experts.
     """
 
     tokens: int = 32768
     strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
-    power: float = 0.5
+    power: float = 1.0
     held_out: float = 0.2
+    dynamic: bool = True
+    most: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,29 @@ class RouteRidgeMetrics:
 
     ``captured``: energy of the chosen experts as a share of the oracle's; ``agreement``: share of
     the oracle's experts chosen; ``strength``: the ridge strength that won; ``load_max``: largest
-    share of tokens that one expert takes, over the mean.
+    share of tokens that one expert takes, over the mean; ``k_deviation``: standard deviation of the
+    number of experts a token takes.
     """
 
     captured: dict[str, float]
     agreement: dict[str, float]
     strength: dict[str, float]
     load_max: dict[str, float]
+    k_deviation: dict[str, float]
 
 
 class RouteRidge(Pass[RouteRidgeConfig]):
     """Regress each expert's centred contribution on the FFN's input, and choose the largest.
 
-    Target ``n_e(t) = |E_e(x_t) - mean E_e|^power`` (D2DMoE, arXiv 2310.04361, regresses the norm;
-    centring is carve's own, for what is left out leaves its mean behind). With ``X`` ``[T, d]``
-    and ``N`` ``[T, E]``, both centred, ``W = (X'X + lambda I)^-1 X'N`` and
+    Target ``n_e(t) = (w_t |E_e(x_t) - mean E_e|^2)^(power/2)`` (D2DMoE, arXiv 2310.04361,
+    regresses the norm; centring is carve's own, for what is left out leaves its mean behind, and
+    so are the weights ``w_t``, `carve.statistics.weights_of_size`: an absolute threshold compares
+    tokens with one another, and an error counts relative to the token's size). With ``X``
+    ``[T, d]`` and ``N`` ``[T, E]``, both centred, ``W = (X'X + lambda I)^-1 X'N`` and
     ``b = mean N - W mean X``; logits ``x W + b`` ``[T, E]`` in fp32.
+
+    With ``dynamic`` the bias is then lowered by the score that ``top_k`` experts a token exceed on
+    average, and a token takes the experts of positive score: easy tokens take fewer.
     """
 
     name = "route_ridge"
@@ -58,9 +71,9 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         need_notes(program, "carve", self.name)
 
     def call(self, program: Program, context: Context) -> RouteRidgeMetrics:
-        """Fit the router of every site."""
-        metrics = RouteRidgeMetrics({}, {}, {}, {})
-        for site in context.progress(program.sites, self.name):
+        """Fit the router of every carved site."""
+        metrics = RouteRidgeMetrics({}, {}, {}, {}, {})
+        for site in context.progress(program.carved, self.name):
             self._route(program, site, context, metrics)
         return metrics
 
@@ -68,10 +81,11 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         self, program: Program, site: FFNSite, context: Context, metrics: RouteRidgeMetrics
     ) -> None:
         routed = need_routed(site, self.name)
-        top_k = context.splits[site.name].top_k
+        top_k = context.split(site).top_k
         _, groups = program.notes["carve"][site.name]
         x = context.inputs.of(site, self.config.tokens)
-        energy = expert_energy(site, groups, x, centred=True)
+        weight = weights_of_size(torch.cat([site.dense(p) for p in torch.split(x, 8192)]))
+        energy = expert_energy(site, groups, x, centred=True) * weight[:, None]
         target = energy.pow(self.config.power / 2)
         judge = torch.zeros(len(x), dtype=torch.bool)
         judge[:: max(2, round(1 / self.config.held_out))] = True
@@ -86,11 +100,25 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         metrics.captured[site.name] = captured(w, b)
         # The judged tokens join the fit once the strength is known.
         w, b = ridge(x, target, strength)
-        new = replace(routed, router=w, router_bias=b, router_gate=None, top_k=top_k)
+        # Scores of size 1, so that a soft mask over them has one temperature everywhere.
+        scale = float((x @ w.T).std().clamp_min(1e-12))
+        new = replace(
+            routed,
+            router=w / scale,
+            router_bias=b / scale,
+            router_gate=None,
+            top_k=top_k,
+            dynamic=False,
+        )
+        oracle = select(energy, top_k)
+        metrics.agreement[site.name] = float(
+            (new.chosen(x) & oracle)[judge].sum() / oracle[judge].sum()
+        )
+        if self.config.dynamic:
+            most = min(routed.num_experts, max(top_k, round(self.config.most * top_k)))
+            new = calibrated(replace(new, top_k=most, dynamic=True), x, top_k)
         program.set_routed(site, new)
-        oracle = torch.zeros_like(energy).scatter_(1, energy.topk(top_k, 1).indices, 1.0)
-        chosen = new.logits(x).topk(top_k, 1).indices
-        metrics.agreement[site.name] = float(oracle.gather(1, chosen)[judge].mean())
         metrics.strength[site.name] = strength
-        load = torch.zeros(len(groups)).index_add_(0, chosen.flatten(), torch.ones(chosen.numel()))
-        metrics.load_max[site.name] = float(load.max() / load.mean())
+        chosen = new.chosen(x).float()
+        metrics.load_max[site.name] = float(chosen.mean(0).max() / chosen.mean())
+        metrics.k_deviation[site.name] = float(chosen.sum(1).std())

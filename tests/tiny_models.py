@@ -199,6 +199,7 @@ def random_routed(
     top_k: int = 2,
     analytical: bool = False,
     compensation: bool = True,
+    dynamic: bool = False,
     seed: int = 0,
 ) -> RoutedFFN:
     """A random split of the site's neurons with a random router and random means."""
@@ -237,6 +238,7 @@ def random_routed(
         noise(num_experts, width) if analytical and d.gate is not None else None,
         d.activation,
         top_k,
+        dynamic,
     )
 
 

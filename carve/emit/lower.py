@@ -112,7 +112,8 @@ def _fused_experts(b: Builder, at: ir.Node, x: Any, scores: Any, name: str, r: R
         s2,
         second_bias,
         *[None] * 6,
-        b.ones_like(at, scores, e),
+        # Routes of weight 0 are skipped by the kernel, which makes k dynamic.
+        _positive(b, at, scores) if r.dynamic else b.ones_like(at, scores, e),
     ]
     return b.op(
         at,
@@ -128,6 +129,12 @@ def _fused_experts(b: Builder, at: ir.Node, x: Any, scores: Any, name: str, r: R
     )
 
 
+def _positive(b: Builder, at: ir.Node, scores: Any) -> Any:
+    """1 where a score is positive, else 0."""
+    hit = b.op(at, "Greater", [scores, b.const("carve_zero", np.array(0.0, np.float32))])
+    return b.op(at, "Cast", [hit], to=ir.DataType.FLOAT)
+
+
 def _grouped_experts(
     b: Builder, at: ir.Node, x: Any, scores: Any, y: Any, name: str, r: RoutedFFN
 ) -> Any:
@@ -136,9 +143,13 @@ def _grouped_experts(
     Products of zero rows cost next to nothing, so the work follows the active share for any
     number of tokens, any activation and any width.
     """
-    _, index = b.op(
+    value, index = b.op(
         at, "TopK", [scores, b.const(f"carve_k{r.top_k}", np.array([r.top_k]))], outputs=2
     )
+    if r.dynamic:  # no expert has the number -1
+        zero = b.const("carve_zero", np.array(0.0, np.float32))
+        none = b.const("carve_none", np.array(-1))
+        index = b.op(at, "Where", [b.op(at, "Greater", [value, zero]), index, none])
     zero, last = b.const("carve_i0", np.array(0)), b.const("carve_i1", np.array([1]))
     for e in range(r.num_experts):
         hit = b.op(at, "Equal", [index, b.const(f"carve_i{e}_", np.array(e))])

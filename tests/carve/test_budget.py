@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny_models as tiny
 import torch
 import transformers as hf
 
 from carve import budget as b
-from carve.budget import Split, choose_split, least_budget, macs_of, plan_widths, splits_of
+from carve.budget import (
+    Request,
+    Split,
+    choose_split,
+    least_budget,
+    macs_of,
+    make_request,
+    splits_of,
+)
 from carve.capture import capture_transformers
 from carve.errors import UserError
 from carve.program import Program
@@ -23,6 +33,11 @@ def program() -> Program:
     torch.manual_seed(0)
     sizes = {**tiny.GROUPED, "intermediate_size": WIDE}
     return capture_transformers(hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)))
+
+
+def plan_widths(program: Program, *asked: Any, **narrowed: Any) -> dict[str, Split]:
+    request = make_request(program, *asked, **narrowed)
+    return {k: v for k, v in b.plan_widths(program, request).items() if v is not None}
 
 
 def realised(program: Program, splits: dict[str, Split]) -> float:
@@ -102,11 +117,11 @@ def test_outside(asked: float | None, program: Program) -> None:
 def test_split_that_does_not_fit(program: Program) -> None:
     site = program.sites[0]
     with pytest.raises(UserError, match="no split fits") as e:
-        choose_split(site, 0.01 * site.dense.macs, 0.55)
+        choose_split(site, 0.01 * site.dense.macs, Request(0.0))
     assert e.value.code == "budget"
     least = min(macs_of(site, s) for s in splits_of(site, None, None))
     assert f"{least / site.dense.macs:.3f}" in e.value.message
-    assert macs_of(site, choose_split(site, least, 0.55)) == least
+    assert macs_of(site, choose_split(site, least, Request(0.0))) == least
 
 
 def test_counts(program: Program) -> None:

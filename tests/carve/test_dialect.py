@@ -27,6 +27,7 @@ def routed(
     top_k: int = 2,
     dtype: torch.dtype = torch.float32,
     output: int = D,
+    dynamic: bool = False,
 ) -> RoutedFFN:
     g = torch.Generator().manual_seed(3)
 
@@ -51,6 +52,7 @@ def routed(
         t(analytical, E, D),
         activation,
         top_k,
+        dynamic,
     )
 
 
@@ -83,6 +85,8 @@ def one_token(x: Tensor, r: RoutedFFN) -> Tensor:
             score = act(r.router_gate[e] @ x) * score
         scores.append(float(score))
     best = sorted(range(r.num_experts), key=lambda e: -scores[e])[: r.top_k]
+    if r.dynamic:
+        best = [e for e in best if scores[e] > 0]
     for e in best:
         y = y + ffn(
             of(r.expert_gate, e),
@@ -106,6 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
     "analytical gated": {"analytical": True, "biases": False},
     "analytical plain": {"gated": False, "activation": "gelu"},
     "every expert": {"top_k": E},
+    "dynamic": {"top_k": 4, "dynamic": True},
     "one expert": {"top_k": 1, "activation": "gelu_tanh"},
 }
 
@@ -121,7 +126,7 @@ def test_routed_ffn_is_the_formula(case: str) -> None:
 
 
 def values_of(r: RoutedFFN) -> tuple[Any, ...]:
-    return tuple(getattr(r, name) for name in RoutedFFN.__dataclass_fields__)
+    return tuple(r.arguments().values())
 
 
 def test_routed_ffn_of_one_token_and_of_none() -> None:
@@ -212,7 +217,7 @@ def test_routed_ffn_gradient_is_the_numeric_one() -> None:
     r = routed(dtype=torch.float64)
     args = with_grad((tokens(4, dtype=torch.float64), *values_of(r)))
     moving = {"router", "router_bias"}
-    for name, value in zip(("x", *RoutedFFN.__dataclass_fields__), args, strict=True):
+    for name, value in zip(("x", *r.arguments()), args, strict=True):
         if name in moving:
             value.requires_grad_(False)
     assert torch.autograd.gradcheck(torch.ops.carve.routed_ffn, args)

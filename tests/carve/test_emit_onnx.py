@@ -249,6 +249,9 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"analytical": True},
     {"top_k": 1},
     {"expert_size": 20},  # no multiple of a block
+    {"top_k": 3, "dynamic": True},
+    {"top_k": 4, "dynamic": True, "compensation": False},
+    {"top_k": 3, "dynamic": True, "expert_size": 20},
 )
 
 

@@ -12,7 +12,7 @@ import tiny_models as tiny
 import torch
 from torch import Tensor
 
-from carve.budget import Split
+from carve.budget import Request, Split
 from carve.calibration import DATA, Batch, SiteInputs, load_tokenizer, text_batches
 from carve.capture import capture_checkpoint
 from carve.dialect import select
@@ -31,7 +31,7 @@ from carve.passes import (
     RouteRidgeConfig,
 )
 from carve.program import FFNSite, Program
-from carve.statistics import expert_energy, ridge, token_weights
+from carve.statistics import expert_energy, ridge, weights_of_size
 
 SPLIT = Split(shared_size=64, expert_size=32, num_experts=6, top_k=2)
 PASSES: dict[str, Callable[[], Pass[Any]]] = {
@@ -56,8 +56,9 @@ class Setting:
 
     def context(self, program: Program, seed: int = 0, split: Split = SPLIT) -> Context:
         judge = Evaluator(self.program, self.batches).limited(256)
-        splits = {s.name: split for s in program.sites}
-        return Context(self.batches, self.inputs, splits, seed, judge=judge.loss)
+        splits: dict[str, Split | None] = {s.name: split for s in program.sites}
+        request = Request(0.0)
+        return Context(self.batches, self.inputs, request, splits, seed, judge=judge.loss)
 
     def run(
         self, *names: str, seed: int = 0, split: Split = SPLIT
@@ -103,7 +104,7 @@ def test_profile(setting: Setting) -> None:
         contribution = h.abs() * column
         marks = contribution >= contribution.topk(active, 1).values[:, -1:]
         torch.testing.assert_close(found.rate, marks.float().mean(0))
-        w = token_weights(site.dense(x))[:, None]
+        w = weights_of_size(site.dense(x))[:, None]
         centre = (w * h).sum(0) / w.sum()
         energy = (w * (h - centre).square()).sum(0) / w.sum() * column.square()
         torch.testing.assert_close(found.energy, energy, rtol=2e-2, atol=1e-6)
@@ -177,7 +178,6 @@ def test_router_is_set(name: str, setting: Setting) -> None:
     for site in program.sites:
         r = site.routed
         assert r is not None
-        assert r.top_k == SPLIT.top_k
         assert r.router.shape == (SPLIT.num_experts, tiny.HIDDEN)
         assert r.router.abs().max() > 0
         assert (r.router_gate is not None) == (name == "route_analytical")
@@ -188,6 +188,7 @@ def test_router_is_set(name: str, setting: Setting) -> None:
         _, groups = program.notes["carve"][site.name]
         x = context.inputs.of(site)
         oracle = select(expert_energy(site, groups, x, centred=False), SPLIT.top_k)
+        assert r.top_k == SPLIT.top_k
         hit = (oracle & select(r.logits(x), SPLIT.top_k)).sum() / oracle.sum()
         assert agreement == pytest.approx(float(hit), abs=1e-6)
 
@@ -235,9 +236,9 @@ def test_ridge_is_the_closed_form() -> None:
     torch.testing.assert_close(x.mean(0) @ w.T + b, y.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_token_weights() -> None:
+def test_weights_of_size() -> None:
     y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [100.0, 0.0]])
-    w = token_weights(y)
+    w = weights_of_size(y)
     raw = torch.tensor([1 / (1 + 4), 1 / (4 + 4), 1 / (10_000 + 4)])
     torch.testing.assert_close(w, raw / raw.mean())
 
@@ -248,7 +249,7 @@ def test_token_weights() -> None:
 def weighted_error(site: FFNSite, x: Tensor) -> float:
     assert site.routed is not None
     want = site.dense(x)
-    w = token_weights(want)[:, None]
+    w = weights_of_size(want)[:, None]
     return float((w * (site.routed(x) - want).square()).sum() / (w * want.square()).sum())
 
 
@@ -293,7 +294,7 @@ def test_judged_compensation_is_kept_only_where_it_helps(setting: Setting) -> No
         assert (site.routed.expert_bias is not None) == result.metrics["kept"][site.name]
     # A judge that never sees an improvement keeps nothing.
     refused = tiny.clone(before)
-    never = replace(context, judge=lambda program: 1.0)
+    never = replace(context, judge=lambda program, ffns=None: 1.0)
     (result,) = PassManager([PASSES["compensate"]()])(refused, never)
     assert not any(result.metrics["kept"].values())
     batch = context.batches[0]

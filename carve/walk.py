@@ -1,0 +1,95 @@
+"""Walking the sites in order with the dense and the routed program side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carve.calibration import Batch
+from carve.program import AtSite, FFNSite, Program
+from carve.statistics import weights_of_size
+
+Steps = Generator[AtSite, Tensor, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one site has to learn, fp32, counted tokens only.
+
+    ``x`` ``[T, d]``: the inputs that the program, as rewritten so far, brings to the site.
+    ``target`` ``[T, d_out]``: what the site should add there. ``weight`` ``[T]``: see
+    `carve.statistics.weights_of_size`.
+    """
+
+    site: FFNSite
+    x: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def walk(
+    program: Program,
+    batches: Sequence[Batch],
+    progress: Callable[[Sequence[FFNSite]], Any] = iter,
+) -> Generator[Lesson, None, None]:
+    """One `Lesson` a carved site, from the first to the last.
+
+    Two copies of every batch are held at the same site: one of the dense program, one of the
+    routed program with all rewrites so far. The target is what leads the routed stream back to the
+    dense one: ``y + r - r'`` with ``y`` the dense FFN's output on the dense input and ``r``, ``r'``
+    the streams that the FFN's result is added to (dense, routed). So each site also undoes what it
+    can of the errors before it, as GPTQ's columns do for one another (arXiv 2210.17323). Where the
+    result is not added at once (a norm after the FFN) the target is the dense FFN on ``x``.
+
+    The caller rewrites the site before it asks for the next lesson.
+    """
+    sites = program.sites
+
+    def start() -> tuple[list[Steps], list[AtSite]]:
+        steps = [program.steps(*b.inputs, sites=sites, only_first=True) for b in batches]
+        with torch.no_grad():
+            return steps, [next(s) for s in steps]
+
+    dense, at_dense = start()
+    routed, at_routed = start()
+    for i, site in enumerate(progress(sites)):
+        with torch.no_grad():
+            outputs = [site.dense(a.x) for a in at_dense]
+        if site.routed is not None:
+            yield _lesson(site, batches, at_dense, at_routed, outputs)
+        with torch.no_grad():
+            ffn = site.routed or site.dense
+            answers = [ffn(a.x) for a in at_routed]
+            if i + 1 < len(sites):
+                at_dense = [s.send(y) for s, y in zip(dense, outputs, strict=True)]
+                at_routed = [s.send(y) for s, y in zip(routed, answers, strict=True)]
+
+
+def _lesson(
+    site: FFNSite,
+    batches: Sequence[Batch],
+    at_dense: Sequence[AtSite],
+    at_routed: Sequence[AtSite],
+    outputs: Sequence[Tensor],
+) -> Lesson:
+    def gather(parts: Sequence[Tensor | None]) -> Tensor:
+        flat = []
+        for part, batch in zip(parts, batches, strict=True):
+            assert part is not None
+            rows = part.reshape(-1, part.shape[-1])
+            flat.append(rows if batch.mask is None else rows[batch.mask.reshape(-1)])
+        return torch.cat(flat)
+
+    x = gather([a.x for a in at_routed])
+    if site.residual is None:
+        with torch.no_grad():
+            target = torch.cat([site.dense(part) for part in torch.split(x, 4096)])
+        return Lesson(site, x, target, weights_of_size(target))
+    y = gather(outputs)
+    stream = gather([a.residual for a in at_dense])
+    target = y + stream - gather([a.residual for a in at_routed])
+    return Lesson(site, x, target, weights_of_size(stream + y))

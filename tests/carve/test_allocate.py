@@ -1,0 +1,125 @@
+"""The integer programme and the pass that feeds it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from carve.allocate import Option, allocate
+from carve.budget import cost_of, make_request, plan_widths
+from carve.calibration import DATA, SiteInputs, hold_back, load_tokenizer, text_batches
+from carve.capture import capture_checkpoint
+from carve.errors import UserError
+from carve.evaluate import Evaluator
+from carve.passbase import Context, PassManager
+from carve.passes import Allocate, AllocateConfig, Profile, ProfileConfig
+from carve.program import FFN, Program
+
+VALUE = st.floats(0.0, 1.0)
+SITES = st.lists(st.lists(st.tuples(VALUE, VALUE, VALUE), min_size=1, max_size=4), max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SITES.filter(bool), st.floats(0.1, 3.0), st.floats(0.1, 3.0))
+def test_the_choice_is_the_best_of_all(
+    table: list[list[tuple[float, float, float]]], macs: float, size: float
+) -> None:
+    options = {
+        f"s{i}": [Option(loss, {"macs": m, "bytes": b}) for loss, m, b in each]
+        for i, each in enumerate(table)
+    }
+    limits = {"macs": macs, "bytes": size}
+
+    def fits(choice: tuple[Option, ...]) -> bool:
+        return all(sum(o.cost[r] for o in choice) <= limits[r] for r in limits)
+
+    possible = [c for c in itertools.product(*options.values()) if fits(c)]
+    if not possible:
+        with pytest.raises(Exception, match=r"least|not solved"):
+            allocate(options, limits)
+        return
+    found = allocate(options, limits)
+    best = min(sum(o.loss for o in c) for c in possible)
+    assert found.loss == pytest.approx(best, abs=1e-5)
+    assert found.bound <= found.loss
+    assert fits(tuple(found.chosen.values())) or found.loss <= best
+
+
+def test_what_cannot_be_reached_is_named() -> None:
+    with pytest.raises(UserError, match="least macs"):
+        allocate({"s": [Option(0.0, {"macs": 2.0})]}, {"macs": 1.0})
+
+
+def test_nothing_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    allocate({"s": [Option(0.0, {"macs": 0.5})]}, {"macs": 1.0})
+    assert capfd.readouterr().out == ""
+
+
+# The pass
+
+
+def setting(checkpoint: Path, share: float) -> tuple[Program, Context]:
+    program = capture_checkpoint(checkpoint)
+    text = (DATA / "calibration.txt").read_text(encoding="utf-8")[:40_000]
+    batches = text_batches(program, load_tokenizer(checkpoint), text, 64, 4000)
+    rest, judged = hold_back(batches, 512)
+    request = make_request(program, None, share)
+    context = Context(
+        rest,
+        SiteInputs.collect(program, rest),
+        request,
+        plan_widths(program, request),
+        judge=Evaluator(program, judged).loss,
+    )
+    return program, context
+
+
+def test_the_site_that_matters_gets_more(checkpoint: Path) -> None:
+    program, context = setting(checkpoint, 0.8)  # room for one site to stay dense
+    first = program.sites[0].name
+
+    def judge(p: Program, replace: Mapping[str, FFN] | None = None, /) -> float:
+        return 10.0 if first in (replace or {}) else 0.1
+
+    context.judge = judge
+    results = PassManager([Profile(ProfileConfig()), Allocate(AllocateConfig())])(program, context)
+    found = results[-1].metrics
+    others = [v for k, v in found["active"].items() if k != first]
+    assert found["active"][first] > max(others)
+    assert found["predicted"] < found["predicted_uniform"]
+    used = sum(cost_of(s, context.splits[s.name], context.request) for s in program.sites)
+    assert used <= context.request.limit * (1 + 1e-9)
+
+
+def test_uniform_keeps_the_plan(checkpoint: Path) -> None:
+    program, context = setting(checkpoint, 0.6)
+    before = dict(context.splits)
+    passes = [Profile(ProfileConfig()), Allocate(AllocateConfig(policy="uniform"))]
+    found = PassManager(passes)(program, context)[-1].metrics
+    assert context.splits == before
+    assert found["predicted"] == pytest.approx(found["predicted_uniform"])
+
+
+def test_the_probe_is_the_best_linear_reconstruction(checkpoint: Path) -> None:
+    program, context = setting(checkpoint, 0.6)
+    PassManager([Profile(ProfileConfig())])(program, context)
+    site = program.sites[0]
+    config = AllocateConfig(probe=0.5)
+    errors, probe = Allocate(config)._measure(site, program, context)
+    assert errors.shape == (site.dense.intermediate_size + 1,)
+    assert float(errors[-1]) == 0
+    assert bool((errors[1:] <= errors[:-1] * (1 + 1e-5)).all())
+    x = context.inputs.of(site)
+    miss = (probe(x) - site.dense(x)).square().sum()
+    kept = program.notes["profile"][site.name].energy.argsort(descending=True)
+    plain = site.dense.hidden(x)
+    plain[:, kept[len(kept) // 2 :]] = plain[:, kept[len(kept) // 2 :]].mean(0)
+    pruned = plain @ site.dense.down.T
+    assert float(miss) < 0.9 * float((pruned - site.dense(x)).square().sum())
+    assert torch.isfinite(errors).all()
