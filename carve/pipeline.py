@@ -328,10 +328,15 @@ def _head(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tu
 
 
 def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
-    """The budget as held-out tokens really use it: experts counted token by token."""
+    """The budget as held-out tokens really use it: experts counted token by token.
+
+    ``budget``: of the blocks' multiply-accumulates; ``ffn_active``: of the FFNs', routers counted;
+    ``neurons``: of the FFNs' neurons.
+    """
     from carve.program import FFNSite
 
     used: dict[str, float] = {}
+    active: dict[str, float] = {}
     seen: dict[str, int] = {}
 
     def count(site: FFNSite, x: Tensor) -> None:
@@ -345,6 +350,7 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
             neurons = int(r.shared_size * len(flat) + chosen * r.expert_size)
             router = r.router_macs * len(flat)
         used[site.name] = used.get(site.name, 0.0) + neurons * _neuron_macs(site) + router
+        active[site.name] = active.get(site.name, 0.0) + neurons
 
     for batch in batches:
         program.run(*batch.inputs, observe=count)
@@ -353,6 +359,8 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
     return {
         "budget": (program.attention_macs + ffn) / program.dense_macs,
         "ffn_active": ffn / dense_ffn,
+        "neurons": sum(active[s.name] / seen[s.name] for s in program.sites)
+        / sum(s.dense.intermediate_size for s in program.sites),
     }
 
 

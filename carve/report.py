@@ -76,7 +76,42 @@ def render(report: dict[str, Any]) -> str:
             ]
         )
     lines.append(table(rows))
+    lines += _allocation(report)
     return "\n".join(lines)
+
+
+def _allocation(report: dict[str, Any]) -> list[str]:
+    """How the budget was shared out, and its predicted loss beside what came of it."""
+    by_name = {p["name"]: p for p in report["passes"]}
+    found = by_name.get("allocate", {}).get("metrics")
+    if not found:
+        return []
+    splits = by_name.get("carve", {}).get("metrics", {}).get("splits", {})
+    rows = [["site", "active", "loss at the probe", "shared", "experts", "mean k"]]
+    for site, active in found["active"].items():
+        s = splits.get(site)
+        widths = (
+            ["dense", "-", "-"]
+            if s is None
+            else [
+                str(s["shared_size"]),
+                f"{s['num_experts']} x {s['expert_size']}",
+                str(s["top_k"]),
+            ]
+        )
+        rows.append([site, f"{active:.3f}", f"{found['sensitivity'][site]:.5f}", *widths])
+    losses = [
+        (p["name"], p["quality"].get("kl", 1.0 - p["quality"].get("cosine_mean", 1.0)))
+        for p in report["passes"]
+        if p["quality"] and p["name"] not in ("profile", "allocate", "carve")
+    ]
+    realised = ", ".join(f"{value:.4f} after {name}" for name, value in losses)
+    return [
+        "",
+        table(rows),
+        f"predicted loss {found['predicted']:.4f} (uniform widths {found['predicted_uniform']:.4f},"
+        f" bound {found['bound']:.4f}); realised {realised}",
+    ]
 
 
 def figures(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
-from carve.program import Program, RoutedFFN
+from carve.program import DenseFFN, Program, RoutedFFN
 from carve.statistics import refit_down
 from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision, shuffled
 from carve.walk import Lesson, walk
@@ -28,6 +28,7 @@ class DistillConfig:
     steps: int = 0
     batch: int = 2048
     rate: float = 0.03
+    noise: float = 0.3
     work: float = 3e13
     strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     judge: bool = True
@@ -106,6 +107,7 @@ class Distill(Pass[DistillConfig]):
     ) -> tuple[RoutedFFN, float, float]:
         """The trained FFN and its error on held-out tokens, before and after."""
         x, target, weight = lesson.x, lesson.target, lesson.weight
+        dense = lesson.site.dense
         index = torch.arange(len(x))
         judged = index % 20 == 19
         rows, held = index[~judged], index[judged]
@@ -121,15 +123,30 @@ class Distill(Pass[DistillConfig]):
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * cosine(step, steps)
             at = rows[pick]
+            seen, want = x[at], target[at]
+            if self.config.noise:
+                seen, want = self._beside(seen, want, dense, generator)
             with mixed_precision():
-                y = model(x[at])
-            loss = (weight[at, None] * (y - target[at]).square()).mean() / scale
+                y = model(seen)
+            loss = (weight[at, None] * (y - want).square()).mean() / scale
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         before, new = error(routed), model.export()
         after = error(new)
         return (new, before, after) if after < before else (routed, before, before)
+
+
+    @torch.no_grad()
+    def _beside(
+        self, x: Tensor, target: Tensor, dense: DenseFFN, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs beside the real ones, with what the dense FFN adds there."""
+        other = [x[torch.randperm(len(x), generator=generator)] for _ in range(2)]
+        moved = x + self.config.noise * 0.5**0.5 * (other[0] - other[1])
+        with mixed_precision():
+            change = dense(moved).float() - dense(x).float()
+        return moved, target + change
 
 
 def relative_error(ffn: RoutedFFN, x: Tensor, target: Tensor, weight: Tensor) -> float:

@@ -157,7 +157,7 @@ class Finetune(Pass[FinetuneConfig]):
             optimizer.step()
             for site in program.carved:
                 models[site.name].hold_mean(context.split(site).top_k, 0.02)
-            losses.append(float(loss))
+            losses.append(loss.item())
             if state is not None and time.monotonic() - saved > self.config.save_seconds:
                 state.save(modules, optimizer, step + 1, losses)
                 saved = time.monotonic()

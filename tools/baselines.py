@@ -1,6 +1,7 @@
-"""Peers to compare with: other ways to turn a dense FFN into a routed one, without training.
+"""Peers to compare with: other ways to make a dense FFN cheaper, without training.
 
-Each function takes a `DenseFFN` and the inputs that calibration text brings to it, ``x``
+`flap` and `magnitude` look at a whole program and give what to run in place of its FFNs. Each of
+the others takes a `DenseFFN` and the inputs that calibration text brings to it, ``x``
 ``[T, d]``, and gives a `RoutedFFN` of ``num_slices`` slices of ``m = intermediate_size //
 num_slices`` neurons: the shared expert holds ``num_shared`` slices and the remainder of the
 division, each of the ``num_slices - num_shared`` routed experts one slice. The experts have weight
@@ -10,14 +11,17 @@ bias, ``expert_bias`` is absent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from carve.program import DenseFFN, RoutedFFN
+from carve.calibration import SiteInputs
+from carve.dialect import linear
+from carve.passes.allocate import narrowed
+from carve.program import DenseFFN, Program, RoutedFFN
 
 CHUNK = 2048
 """Tokens handled at once: bounds the dense markers in memory to ``CHUNK x intermediate_size``."""
@@ -156,6 +160,73 @@ def random_split(
         router_gate=None,
         top_k=top_k,
     )
+
+
+def flap(
+    program: Program, inputs: SiteInputs, share: float, *, adaptive: bool = True
+) -> dict[str, DenseFFN]:
+    """FLAP (An et al., arXiv 2312.11983) on the FFNs only: fewer neurons, their means kept.
+
+    Score of a neuron: ``Var(h_i) |w_i|^2`` (WIFV, the fluctuation that a constant cannot replace).
+    ``adaptive``: scores are standardised within each layer and one threshold over all layers keeps
+    ``share`` of the neurons, so layers get widths of their own (UL-MM's AL form); else ``share`` of
+    every layer. What is dropped leaves ``W_d[:, dropped] E[h]`` in the output bias.
+    """
+    scores, means = {}, {}
+    for site in program.sites:
+        x = inputs.of(site)
+        count = len(x)
+        first = torch.zeros(site.dense.intermediate_size, dtype=torch.float64)
+        second = torch.zeros_like(first)
+        for rows in x.split(CHUNK):
+            h = site.dense.hidden(rows).double()
+            first += h.sum(0)
+            second += h.square().sum(0)
+        means[site.name] = (first / count).float()
+        variance = (second / count - (first / count).square()).clamp_min(0).float()
+        score = variance * site.dense.down.float().square().sum(0)
+        scores[site.name] = (score - score.mean()) / score.std() if adaptive else score
+    every = torch.cat(list(scores.values()))
+    bar = every.sort(descending=True).values[max(0, round(share * len(every)) - 1)]
+    found = {}
+    for site in program.sites:
+        dense, score = site.dense, scores[site.name]
+        own = score.sort(descending=True).values[max(0, round(share * len(score)) - 1)]
+        keep = score >= (bar if adaptive else own)
+        if not keep.any():  # a layer never goes away whole
+            keep[score.argmax()] = True
+        down = dense.down.float()
+        bias = down[:, ~keep] @ means[site.name][~keep]
+        if dense.down_bias is not None:
+            bias = bias + dense.down_bias.float()
+        kept = keep.nonzero().squeeze(1)
+        found[site.name] = narrowed(dense, kept, down[:, kept], bias)
+    return found
+
+
+def magnitude(
+    program: Program, inputs: SiteInputs, share: float
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What no router reaches: each token keeps its own neurons of largest contribution.
+
+    TEAL's thresholding (Liu et al., arXiv 2408.14690) on the hidden activations, weighted by the
+    columns' norms: one threshold a layer, set so that ``share`` of the activations pass on
+    calibration text. All in-projections are computed, so it is an upper reference and no method.
+    """
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for site in program.sites:
+        column = site.dense.down.float().norm(dim=0)
+        c = (site.dense.hidden(inputs.of(site, CHUNK)).float().abs() * column).flatten()
+        bar = c.kthvalue(max(1, round((1 - share) * c.numel()))).values
+
+        def ffn(
+            x: Tensor, dense: DenseFFN = site.dense, column: Tensor = column, bar: Tensor = bar
+        ) -> Tensor:
+            h = dense.hidden(x)
+            return linear(h * (h.abs() * column > bar), dense.down, dense.down_bias)
+
+        found[site.name] = ffn
+    return found
 
 
 def _sizes(dense: DenseFFN, slices: int, shared: int, top_k: int) -> tuple[int, int, int]:

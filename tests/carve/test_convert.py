@@ -172,7 +172,9 @@ def test_artifact_holds_what_is_promised(done: Done) -> None:
     files = {p.relative_to(done.path).as_posix() for p in done.path.rglob("*") if p.is_file()}
     assert set(manifest["files"]) == files - {"manifest.json"}
     assert {"recipe.toml", "report.json", "tokenizer.json", "onnx/model.onnx"} <= files
-    assert {f"passes/0{i}-{n}.json" for i, n in enumerate(("profile", "allocate", "carve"))} <= files
+    assert {
+        f"passes/0{i}-{n}.json" for i, n in enumerate(("profile", "allocate", "carve"))
+    } <= files
     assert manifest["source"]["sha256"]
     assert manifest["targets"]["onnx-cpu"]["bits"] == 8
     report = json.loads((done.path / "report.json").read_text())

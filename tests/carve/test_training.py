@@ -1,0 +1,308 @@
+"""What walking, refitting, distilling and finetuning promise, on a tiny model with real text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import Tensor
+
+from carve.budget import Request, Split
+from carve.calibration import DATA, SiteInputs, hold_back, load_tokenizer, text_batches
+from carve.capture import capture_checkpoint
+from carve.evaluate import Evaluator
+from carve.passbase import Context, Pass, PassManager, unless_worse
+from carve.passes import (
+    Carve,
+    CarveConfig,
+    Distill,
+    DistillConfig,
+    Finetune,
+    FinetuneConfig,
+    Profile,
+    ProfileConfig,
+    Refit,
+    RefitConfig,
+    RouteRidge,
+    RouteRidgeConfig,
+)
+from carve.program import FFNSite, Program
+from carve.statistics import refit_down, weights_of_size
+from carve.tuning import MaskedFFN, calibrated, shuffled, threshold
+from carve.walk import walk
+
+SPLIT = Split(shared_size=64, expert_size=32, num_experts=6, top_k=2)
+
+
+class Routed:
+    """A carved and routed tiny program with its context."""
+
+    def __init__(self, folder: Path) -> None:
+        self.dense = capture_checkpoint(folder)
+        text = (DATA / "calibration.txt").read_text(encoding="utf-8")[:60_000]
+        batches = text_batches(self.dense, load_tokenizer(folder), text, 64, 6000)
+        self.batches, judged = hold_back(batches, 512)
+        self.judge = Evaluator(self.dense, judged)
+        self.inputs = SiteInputs.collect(self.dense, self.batches)
+        self.program = tiny.clone(self.dense)
+        self.run(self.program, Profile(ProfileConfig()), Carve(CarveConfig(tokens=512)))
+        self.run(self.program, RouteRidge(RouteRidgeConfig()))
+
+    def context(self, **more: Any) -> Context:
+        splits: dict[str, Split | None] = {s.name: SPLIT for s in self.program.sites}
+        return Context(
+            self.batches, self.inputs, Request(0.0), splits, judge=self.judge.loss, **more
+        )
+
+    def run(self, program: Program, *passes: Pass[Any], **more: Any) -> list[Any]:
+        return PassManager(passes)(program, self.context(**more))
+
+    def copy(self) -> Program:
+        return tiny.clone(self.program)
+
+
+@pytest.fixture(scope="module")
+def routed(checkpoint: Path) -> Routed:
+    return Routed(checkpoint)
+
+
+# Dynamic k
+
+
+@pytest.mark.parametrize("mean", [0.5, 1.7, 3.0])
+def test_threshold_gives_the_asked_mean(mean: float) -> None:
+    logits = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    bar = threshold(logits, 6, mean)
+    above = logits.topk(6, -1).values > bar
+    assert float(above.sum(1).float().mean()) == pytest.approx(mean, abs=2e-3)
+
+
+def test_dynamic_router_takes_the_mean_on_calibration_text(routed: Routed) -> None:
+    context = routed.context()
+    for site in routed.program.carved:
+        assert site.routed is not None
+        assert site.routed.dynamic
+        count = site.routed.chosen(context.inputs.of(site)).sum(1).float()
+        assert float(count.mean()) == pytest.approx(SPLIT.top_k, rel=0.02)
+        assert site.routed.mean_top_k == pytest.approx(float(count.mean()))
+        assert float(count.std()) > 0.1
+        assert count.max() <= site.routed.top_k <= SPLIT.num_experts
+        moved = calibrated(site.routed, context.inputs.of(site), 1.0)
+        assert moved.mean_top_k == pytest.approx(1.0, rel=0.02)
+    assert routed.program.macs < routed.program.dense_macs
+
+
+# Walking
+
+
+def test_a_site_learns_to_lead_back_to_the_dense_stream(routed: Routed) -> None:
+    program = routed.copy()
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(site: FFNSite, x: Tensor) -> None:
+        seen.setdefault(site.name, []).append(x.reshape(-1, x.shape[-1]))
+
+    for batch in routed.batches:
+        program.run(*batch.inputs, observe=keep)
+    for site, lesson in zip(program.carved, walk(program, routed.batches), strict=True):
+        assert lesson.site is site
+        torch.testing.assert_close(lesson.x, torch.cat(seen[site.name]), rtol=1e-3, atol=1e-4)
+        if site is program.sites[0]:  # nothing went wrong before it
+            torch.testing.assert_close(lesson.target, site.dense(lesson.x))
+        else:
+            assert (lesson.target - site.dense(lesson.x)).abs().max() > 1e-4
+
+
+def test_walk_of_perfect_sites_ends_at_the_dense_program(routed: Routed) -> None:
+    """Where each site gives its target, the streams are equal again after every site."""
+    program = routed.copy()
+    lessons = walk(program, routed.batches[:2])
+    first = next(lessons)
+    site = first.site
+    assert site.routed is not None
+    program.set_routed(site, site.routed.with_top_k(site.routed.num_experts))
+    second = next(lessons)
+    torch.testing.assert_close(second.target, second.site.dense(second.x), rtol=1e-3, atol=1e-4)
+
+
+def test_walk_sees_what_was_rewritten(routed: Routed) -> None:
+    program = routed.copy()
+    for lesson in walk(program, routed.batches[:2]):
+        site = lesson.site
+        assert site.routed is not None
+        program.set_routed(site, replace(site.routed, output_bias=torch.full((64,), 5.0)))
+        last = lesson
+    plain = list(walk(routed.copy(), routed.batches[:2]))[-1]
+    assert (last.x - plain.x).abs().max() > 0.1
+
+
+# The closed form
+
+
+def test_refit_is_the_least_error(routed: Routed) -> None:
+    site = routed.program.sites[0]
+    assert site.routed is not None
+    x = routed.inputs.of(site)
+    target = site.dense(x)
+    weight = weights_of_size(target)
+    fit = refit_down(site.routed, x, target, weight, [1e-6])
+    assert fit.strength == 1e-6
+    assert fit.after < fit.before
+
+    def error(scale: float) -> float:
+        r = fit.routed
+        noise = torch.randn(r.expert_down.shape, generator=torch.Generator().manual_seed(1))
+        moved = replace(r, expert_down=r.expert_down + scale * noise)
+        return float((weight[:, None] * (moved(x) - target).square()).sum())
+
+    # A minimum: either way along any direction the error rises.
+    assert error(0.0) < min(error(1e-2), error(-1e-2))
+
+
+def test_refit_leaves_what_it_cannot_better() -> None:
+    routed = tiny.random_routed(capture_plain().sites[0], compensation=False).with_top_k(4)
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    fit = refit_down(routed, x, routed(x), torch.ones(300), [1e-1, 1.0])
+    assert fit.after <= fit.before < 1e-6  # of fp32 sums
+
+
+def capture_plain() -> Program:
+    from carve.capture import capture_module
+
+    torch.manual_seed(0)
+    return capture_module(tiny.build("plain"), (torch.randn(2, tiny.LENGTH, tiny.HIDDEN),))
+
+
+# The form that trains
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_masked_form_is_the_routed_function(routed: Routed, dynamic: bool, rank: int) -> None:
+    site = routed.program.sites[1]
+    assert site.routed is not None
+    r = site.routed if dynamic else site.routed.with_top_k(2)
+    x = routed.inputs.of(site, 200)
+    model = MaskedFFN(r, straight_through=True, rank=rank)
+    torch.testing.assert_close(model(x).detach(), r(x), rtol=1e-4, atol=1e-5)
+    back = model.export()
+    for name, tensor in r.tensors().items():
+        torch.testing.assert_close(back.tensors()[name], tensor)
+    assert (back.dynamic, back.top_k) == (r.dynamic, r.top_k)
+    model.groups(0.01, 0.01)
+    model(x).square().sum().backward()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert ("up" in moved) == (rank == 0)
+    assert {"router", "output_bias", "expert_bias"} <= moved
+    assert any(n.startswith("low_rank") for n in moved) == (rank > 0)
+
+
+def test_router_stays_where_it_is_not_trained(routed: Routed) -> None:
+    site = routed.program.sites[1]
+    assert site.routed is not None
+    model = MaskedFFN(site.routed)
+    model.groups(0.01, 0.01)
+    model(routed.inputs.of(site, 50)).sum().backward()
+    assert model.router is not None
+    assert model.router.grad is None
+
+
+def test_shuffled_covers_everything_before_it_repeats() -> None:
+    picks = list(shuffled(10, 5, 4, torch.Generator().manual_seed(0)))
+    assert sorted(torch.cat(picks[:2]).tolist()) == list(range(10))
+    assert sorted(torch.cat(picks[2:]).tolist()) == list(range(10))
+
+
+# Passes
+
+
+@pytest.mark.parametrize("what", ["refit", "distill"])
+def test_layerwise_passes_lower_the_loss(what: str, routed: Routed) -> None:
+    program = routed.copy()
+    before = routed.judge.loss(program)
+    make: dict[str, Pass[Any]] = {
+        "refit": Refit(RefitConfig()),
+        "distill": Distill(DistillConfig(steps=40)),
+    }
+    (result,) = routed.run(program, make[what])
+    metrics = result.metrics
+    assert metrics["kept"]
+    assert routed.judge.loss(program) < before
+    for site in program.carved:
+        assert site.tuned
+        assert metrics["error_after"][site.name] < metrics["error_before"][site.name]
+        assert site.routed is not None
+        assert site.routed.mean_top_k == pytest.approx(SPLIT.top_k, rel=0.05)
+
+
+def test_what_makes_it_worse_is_undone(routed: Routed) -> None:
+    program = routed.copy()
+    weights = [s.routed for s in program.carved]
+
+    def spoil() -> None:
+        for site in program.carved:
+            assert site.routed is not None
+            program.set_routed(site, replace(site.routed, expert_down=-site.routed.expert_down))
+            site.tuned = True
+
+    assert not unless_worse(program, routed.context(), spoil)
+    assert [s.routed for s in program.carved] == weights
+    assert not any(s.tuned for s in program.carved)
+    assert unless_worse(program, None, spoil)
+
+
+def finetune(routed: Routed, program: Program, state: Path | None, **more: Any) -> Any:
+    config = FinetuneConfig(tokens=20_000, save_seconds=0.0, judge=False)
+    (result,) = routed.run(program, Finetune(config), state=state, **more)
+    return result.metrics
+
+
+def test_finetune_lowers_the_loss(routed: Routed, tmp_path: Path) -> None:
+    program = routed.copy()
+    before = routed.judge.loss(program)
+    metrics = finetune(routed, program, None)
+    assert routed.judge.loss(program) < before
+    assert metrics["loss"][-1] < metrics["loss"][0]
+    assert 15_000 < metrics["tokens"] <= 20_000
+    assert metrics["distinct"] == sum(b.inputs[0].numel() for b in routed.batches)
+
+
+def test_finetune_goes_on_where_it_was_killed(routed: Routed, tmp_path: Path) -> None:
+    whole = routed.copy()
+    finetune(routed, whole, None)
+
+    def until(count: int) -> Any:
+        def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
+            for i, item in enumerate(items):
+                if label == "finetune" and i == count:
+                    raise KeyboardInterrupt
+                yield item
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(routed, routed.copy(), tmp_path, progress=until(7))
+    resumed = routed.copy()
+    metrics = finetune(routed, resumed, tmp_path)
+    assert metrics["resumed"] >= 6
+    for a, b in zip(whole.carved, resumed.carved, strict=True):
+        assert a.routed is not None
+        assert b.routed is not None
+        for name, tensor in a.routed.tensors().items():
+            torch.testing.assert_close(b.routed.tensors()[name], tensor)
+    # Another run does not take the state for its own.
+    other = routed.copy()
+    config = FinetuneConfig(tokens=10_000, judge=False)
+    (result,) = routed.run(other, Finetune(config), state=tmp_path)
+    assert result.metrics["resumed"] == 0
+
+
+def test_a_damaged_state_is_left_out(routed: Routed, tmp_path: Path) -> None:
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "state.safetensors").write_bytes(b"\x00" * 100)
+    assert finetune(routed, routed.copy(), tmp_path)["resumed"] == 0
