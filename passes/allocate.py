@@ -81,7 +81,7 @@ class Allocate(Pass[AllocateConfig]):
         errors: dict[str, Tensor] = {}
         sensitivity: dict[str, float] = {}
         for site in context.progress(program.sites, self.name):
-            errors[site.name], probe = self._measure(site, program, context)
+            errors[site.name], probe = self.measure(site, program, context)
             sensitivity[site.name] = max(0.0, judge(program, {site.name: probe}))
 
         def loss(site: FFNSite, split: Split | None) -> float:
@@ -115,9 +115,7 @@ class Allocate(Pass[AllocateConfig]):
     def _probe_size(self, site: FFNSite) -> int:
         return max(1, round(self.config.probe * site.dense.intermediate_size))
 
-    def _measure(
-        self, site: FFNSite, program: Program, context: Context
-    ) -> tuple[Tensor, DenseFFN]:
+    def measure(self, site: FFNSite, program: Program, context: Context) -> tuple[Tensor, DenseFFN]:
         """``e(w)`` for ``w = 0 .. n`` fp32 ``[n + 1]``, and the FFN at the probe width."""
         x = context.inputs.of(site, self.config.tokens)
         order = program.notes["profile"][site.name].energy.argsort(descending=True)

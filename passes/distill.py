@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
-from carve.program import DenseFFN, Program, RoutedFFN
+from carve.program import Program, RoutedFFN
 from carve.statistics import refit_down
 from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision, shuffled
 from carve.walk import Lesson, walk
@@ -18,18 +18,18 @@ from carve.walk import Lesson, walk
 class DistillConfig:
     """Settings of `Distill`.
 
-    ``steps``: at the most, for each site; 0 takes as many as ``work`` allows. ``batch``: tokens a
-    step. ``rate``: step size of Adam relative to the size of each tensor. ``work``: bound of all
-    steps together, in multiply-accumulates. ``strengths``: of the closed form after the steps.
-    ``judge``: keep the whole pass only where the program's loss against the dense one, end to
-    end, gets lower.
+    ``steps``: at the most, for each site; 0 takes as many as ``work`` (all sites together) and
+    ``site_work`` (one site) allow, in multiply-accumulates. ``batch``: tokens a step. ``rate``:
+    step size of Adam relative to the size of each tensor. ``strengths``: of the closed
+    form after the steps. ``judge``: keep the whole pass only where the program's loss against the
+    dense one, end to end, gets lower.
     """
 
     steps: int = 0
     batch: int = 2048
     rate: float = 0.03
-    noise: float = 0.3
     work: float = 3e13
+    site_work: float = 5e12
     strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     judge: bool = True
 
@@ -99,15 +99,15 @@ class Distill(Pass[DistillConfig]):
         if self.config.steps:
             return self.config.steps
         # Forward and backward are three products for each weight.
-        macs = sum(3 * s.dense.macs for s in program.carved) * self.config.batch
-        return int(min(300, max(12, self.config.work / max(macs, 1))))
+        macs = [3 * s.dense.macs * self.config.batch for s in program.carved] or [1]
+        allowed = min(self.config.work / sum(macs), self.config.site_work / max(macs))
+        return int(min(300, max(12, allowed)))
 
     def _train(
         self, routed: RoutedFFN, lesson: Lesson, steps: int, generator: torch.Generator
     ) -> tuple[RoutedFFN, float, float]:
         """The trained FFN and its error on held-out tokens, before and after."""
         x, target, weight = lesson.x, lesson.target, lesson.weight
-        dense = lesson.site.dense
         index = torch.arange(len(x))
         judged = index % 20 == 19
         rows, held = index[~judged], index[judged]
@@ -123,30 +123,15 @@ class Distill(Pass[DistillConfig]):
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * cosine(step, steps)
             at = rows[pick]
-            seen, want = x[at], target[at]
-            if self.config.noise:
-                seen, want = self._beside(seen, want, dense, generator)
             with mixed_precision():
-                y = model(seen)
-            loss = (weight[at, None] * (y - want).square()).mean() / scale
+                y = model(x[at])
+            loss = (weight[at, None] * (y - target[at]).square()).mean() / scale
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         before, new = error(routed), model.export()
         after = error(new)
         return (new, before, after) if after < before else (routed, before, before)
-
-
-    @torch.no_grad()
-    def _beside(
-        self, x: Tensor, target: Tensor, dense: DenseFFN, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs beside the real ones, with what the dense FFN adds there."""
-        other = [x[torch.randperm(len(x), generator=generator)] for _ in range(2)]
-        moved = x + self.config.noise * 0.5**0.5 * (other[0] - other[1])
-        with mixed_precision():
-            change = dense(moved).float() - dense(x).float()
-        return moved, target + change
 
 
 def relative_error(ffn: RoutedFFN, x: Tensor, target: Tensor, weight: Tensor) -> float:

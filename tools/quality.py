@@ -138,6 +138,17 @@ class Bench:
             replace[site.name] = partial(_oracle, site, groups, context.split(site).top_k)
         return self.figures(program, replace)
 
+    def narrow(self, share: float) -> dict[str, Any]:
+        """A dense model of the same active size: the best neurons, refitted to tell the others."""
+        program = capture_checkpoint(self.folder)
+        request = make_request(program, None, share, 0.7)
+        context = Context(self.batches, self.inputs, request, {}, judge=self.judge.loss)
+        PassManager([p.Profile(p.ProfileConfig())])(program, context)
+        measure = p.Allocate(p.AllocateConfig(probe=share))
+        return self.figures(
+            program, {s.name: measure.measure(s, program, context)[1] for s in program.sites}
+        )
+
     def baseline(self, share: float, method: str) -> dict[str, Any]:
         """CMoE or a random split at the same active width: sixteen slices, half of them shared."""
         program = capture_checkpoint(self.folder)
@@ -213,6 +224,7 @@ METHODS: dict[str, Callable[[Bench, float], Rows]] = {
         "magnitude by token (bound)",
         lambda b, s: b.figures(b.program, baselines.magnitude(b.program, b.inputs, s)),
     ),
+    "narrow": _one("narrow dense, refitted", lambda b, s: b.narrow(s)),
     "carve": _carve("carve: {}", "ridge", "refit", "distill"),
     "uniform-layer": _carve("carve, uniform widths: {}", "ridge", "distill", policy="uniform"),
     "analytical": _carve("uniform, {}", "analytical", policy="uniform"),
@@ -222,7 +234,7 @@ METHODS: dict[str, Callable[[Bench, float], Rows]] = {
     "no-refit": _carve("carve without refit: {}", "ridge", "distill"),
 }
 SETS = {
-    "main": ["random", "cmoe", "flap", "flap-uniform", "magnitude", "dynamic-k", "carve"],
+    "main": ["random", "cmoe", "flap", "flap-uniform", "narrow", "magnitude", "dynamic-k", "carve"],
     "ladder": ["analytical", "fixed-k", "oracle", "dynamic-k", "uniform-layer", "carve"],
 }
 

@@ -111,7 +111,7 @@ def test_the_probe_is_the_best_linear_reconstruction(checkpoint: Path) -> None:
     PassManager([Profile(ProfileConfig())])(program, context)
     site = program.sites[0]
     config = AllocateConfig(probe=0.5)
-    errors, probe = Allocate(config)._measure(site, program, context)
+    errors, probe = Allocate(config).measure(site, program, context)
     assert errors.shape == (site.dense.intermediate_size + 1,)
     assert float(errors[-1]) == 0
     assert bool((errors[1:] <= errors[:-1] * (1 + 1e-5)).all())
