@@ -172,13 +172,20 @@ def limit_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
 
 
 def hold_back(batches: Sequence[Batch], tokens: int) -> tuple[list[Batch], list[Batch]]:
-    """``(rest, judged)``: about ``tokens`` tokens for judging, and the batches without them.
+    """``(rest, judged)``: about ``tokens`` tokens for judging, and all that is not among them.
 
-    With fewer than four times as many batches as that takes, the judged tokens stay in the rest.
+    Where fewer than three times as many rows would be left, the judged ones stay in the rest.
     """
     judged = limit_batches(batches, tokens)
-    rest = list(batches[len(judged) :])
-    return (rest if len(rest) >= 3 * len(judged) else list(batches)), judged
+    taken = [len(b.inputs[0]) for b in judged]
+    rest = []
+    for i, batch in enumerate(batches):
+        start = taken[i] if i < len(taken) else 0
+        if start < len(batch.inputs[0]):
+            mask = None if batch.mask is None else batch.mask[start:]
+            rest.append(Batch(tuple(t[start:] for t in batch.inputs), mask))
+    enough = sum(len(b.inputs[0]) for b in rest) >= 3 * sum(taken)
+    return (rest if enough else list(batches)), judged
 
 
 class SiteInputs:

@@ -19,7 +19,7 @@ class RefitConfig:
     the program's loss against the dense one, end to end, gets lower.
     """
 
-    strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     judge: bool = True
 
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from carve.budget import Request, Split
-from carve.calibration import DATA, SiteInputs, hold_back, load_tokenizer, text_batches
+from carve.calibration import (
+    DATA,
+    SiteInputs,
+    decoder_batches,
+    hold_back,
+    load_tokenizer,
+    text_batches,
+)
 from carve.capture import capture_checkpoint
 from carve.evaluate import Evaluator
 from carve.passbase import Context, Pass, PassManager, unless_worse
@@ -69,6 +76,22 @@ class Routed:
 @pytest.fixture(scope="module")
 def routed(checkpoint: Path) -> Routed:
     return Routed(checkpoint)
+
+
+def test_judged_text_is_held_back(routed: Routed) -> None:
+    dense = routed.dense
+    rows = torch.arange(19)[:, None].repeat(1, 10)
+    batches = decoder_batches(dense, rows, 4)
+    # Each batch shows the whole range, and none is lost.
+    assert sorted(torch.cat([b.inputs[0][:, 0] for b in batches]).tolist()) == list(range(19))
+    assert batches[0].inputs[0][-1, 0] > 10
+    rest, judged = hold_back(batches, 30)
+    found = [torch.cat([b.inputs[0][:, 0] for b in part]).tolist() for part in (rest, judged)]
+    assert len(found[1]) == 3
+    assert sorted(found[0] + found[1]) == list(range(19))
+    assert all(len({len(t) for t in b.inputs}) == 1 for b in rest)
+    rest, judged = hold_back(batches, 100)  # too little would be left
+    assert len(rest) == len(batches)
 
 
 # Dynamic k
