@@ -69,6 +69,16 @@ class Context:
             raise ContractError("contract", f"no widths are planned for {site.name}")
         return found
 
+    def experts(self, site: FFNSite) -> float:
+        """Experts a token to aim at on calibration text.
+
+        A little under the plan, for held-out text takes a little more and the budget is a promise.
+
+        Raises:
+            ContractError: see `split`.
+        """
+        return 0.97 * self.split(site).top_k
+
     def generator(self, salt: str) -> torch.Generator:
         """A random generator that depends on the seed and on ``salt`` alone."""
         value = sum(ord(c) * 257**i for i, c in enumerate(salt)) + self.seed

@@ -11,17 +11,17 @@ from carve.assign import balanced_assignment
 from carve.budget import Split
 from carve.passbase import Context, ContractError, Pass, need_notes
 from carve.program import DenseFFN, FFNSite, Program, RoutedFFN
+from carve.statistics import weights_of_size
 
 
 @dataclass(frozen=True)
 class CarveConfig:
     """Settings of `Carve`.
 
-    ``activation_fraction``: as in the profile. ``tokens``: calibration tokens for the grouping.
-    ``iterations``: rounds of assignment and centroids at the most.
+    ``tokens``: calibration tokens for the grouping. ``iterations``: rounds of assignment and
+    centroids at the most.
     """
 
-    activation_fraction: float = 0.1
     tokens: int = 4096
     iterations: int = 8
 
@@ -39,8 +39,10 @@ class Carve(Pass[CarveConfig]):
     """CMoE's construction (arXiv 2502.04416, section 3.2) with corrections.
 
     The ``shared_size`` neurons of largest energy (see the profile) become the shared expert. The
-    others are grouped by co-activation: neuron ``i`` is the vector ``f_i(t) = c_i(t)`` where it is
-    active and 0 elsewhere, on ``tokens`` tokens, scaled to length 1; groups of equal size maximise
+    others are grouped by co-activation: with ``c_i(t) = w_t^(1/2) |h_i(t) - mean h_i| |w_i|``
+    (``w_t`` the token's weight, ``w_i`` the neuron's column), neuron ``i`` is the vector
+    ``f_i(t) = c_i(t) - mean c_i`` on ``tokens`` tokens, scaled to length 1: those go together that
+    contribute more than they use to on the same tokens. Groups of equal size maximise
     ``sum_i <f_i, centroid of i's group>`` by alternating exact balanced assignment (a transport
     problem on neurons x groups, `carve.assign`) and centroids.
 
@@ -91,13 +93,13 @@ class Carve(Pass[CarveConfig]):
                 raise ContractError("contract", f"{site.name}: neurons lost or doubled")
 
     def _features(self, site: FFNSite, context: Context, rest: Tensor) -> Tensor:
-        """Unit vectors ``[n, T]`` of the neurons' truncated contributions."""
+        """Unit vectors ``[n, T]`` of the neurons' contributions about their means."""
         x = context.inputs.of(site, self.config.tokens)
         column = site.dense.down.float().norm(dim=0)
-        c = site.dense.hidden(x).abs() * column
-        active = max(1, round(self.config.activation_fraction * c.shape[1]))
-        c = torch.where(c >= c.topk(active, dim=1).values[:, -1:], c, 0.0)
-        f: Tensor = c[:, rest].T.contiguous()
+        h = site.dense.hidden(x).float()
+        weight = weights_of_size(site.dense(x)).sqrt()[:, None]
+        c = (h - h.mean(0)).abs() * column * weight
+        f: Tensor = (c - c.mean(0))[:, rest].T.contiguous()
         f /= f.norm(dim=1, keepdim=True).clamp_min(1e-20)
         return f
 

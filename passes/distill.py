@@ -80,9 +80,7 @@ class Distill(Pass[DistillConfig]):
             for lesson in walk(program, context.batches, lambda s: context.progress(s, self.name)):
                 site = lesson.site
                 seen = len(lesson.x)
-                routed = calibrated(
-                    need_routed(site, self.name), lesson.x, context.split(site).top_k
-                )
+                routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
                 generator = context.generator(f"distill {site.name}")
                 new, before[site.name], trained[site.name] = self._train(
                     routed, lesson, steps, generator

@@ -24,16 +24,13 @@ class FinetuneConfig:
 
     ``tokens``: seen in all at the most, text repeated where there is less. ``rate`` and
     ``router_rate``: step sizes of Adam relative to the size of each tensor. ``rank``: of low-rank
-    corrections to the matrices; 0 trains the matrices themselves. ``labels``: share of the loss
-    that is the cross-entropy of the text's own next tokens (decoders); 0 learns from the dense
-    program alone. ``save_seconds``: time between
+    corrections to the matrices; 0 trains the matrices themselves. ``save_seconds``: time between
     states to go on from. ``judge``: keep the pass only where the program's loss gets lower.
     """
 
     tokens: int = 1_000_000
     rate: float = 0.003
     router_rate: float = 0.001
-    labels: float = 0.0
     rank: int = 0
     save_seconds: float = 60.0
     judge: bool = True
@@ -60,7 +57,7 @@ class Finetune(Pass[FinetuneConfig]):
     dense program's next-token distribution and ``q`` the routed one's; for encoders the squared
     error of the hidden states relative to their size. Everything else of the program stays. The
     routers learn by a straight-through mask, and their biases hold the mean number of experts a
-    token. With ``labels = 0`` any text serves.
+    token. No label of the text is used, so any text serves.
 
     A state is written every ``save_seconds`` under ``context.state``, keyed by the settings, the
     weights it began with and the text; a run that is started again goes on from it.
@@ -159,7 +156,7 @@ class Finetune(Pass[FinetuneConfig]):
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             for site in program.carved:
-                models[site.name].hold_mean(context.split(site).top_k, 0.02)
+                models[site.name].hold_mean(context.experts(site), 0.02)
             losses.append(loss.item())
             if state is not None and time.monotonic() - saved > self.config.save_seconds:
                 state.save(modules, optimizer, step + 1, losses)
@@ -175,12 +172,7 @@ class Finetune(Pass[FinetuneConfig]):
         want, have = want.float(), have.float()
         if program.kind == "decoder":
             p, q = want.flatten(0, 1).log_softmax(-1), have.flatten(0, 1).log_softmax(-1)
-            loss = F.kl_div(q, p, log_target=True, reduction="batchmean")
-            if share := self.config.labels:
-                predicted = have[:, :-1].flatten(0, 1)
-                truth = F.cross_entropy(predicted, batch.inputs[0][:, 1:].flatten())
-                loss = (1 - share) * loss + share * truth
-            return loss
+            return F.kl_div(q, p, log_target=True, reduction="batchmean")
         if batch.mask is not None and want.ndim == 3:
             want, have = want[batch.mask], have[batch.mask]
         return (have - want).square().sum() / want.square().sum()
@@ -199,7 +191,7 @@ class Finetune(Pass[FinetuneConfig]):
         for site in program.carved:
             routed = need_routed(site, self.name)
             x = torch.cat(inputs[site.name])
-            program.set_routed(site, calibrated(routed, x, context.split(site).top_k))
+            program.set_routed(site, calibrated(routed, x, context.experts(site)))
 
 
 def _tokens(batch: Batch) -> int:

@@ -57,9 +57,7 @@ class Refit(Pass[RefitConfig]):
         def rewrite() -> None:
             for lesson in walk(program, context.batches, lambda s: context.progress(s, self.name)):
                 site = lesson.site
-                routed = calibrated(
-                    need_routed(site, self.name), lesson.x, context.split(site).top_k
-                )
+                routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
                 fit = refit_down(
                     routed, lesson.x, lesson.target, lesson.weight, self.config.strengths
                 )

@@ -116,7 +116,8 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         )
         if self.config.dynamic:
             most = min(routed.num_experts, max(top_k, round(self.config.most * top_k)))
-            new = calibrated(replace(new, top_k=most, dynamic=True), x, top_k)
+            new = replace(new, top_k=most, dynamic=True)
+            new = calibrated(new, x, context.experts(site))
         program.set_routed(site, new)
         metrics.strength[site.name] = strength
         chosen = new.chosen(x).float()

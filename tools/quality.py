@@ -63,6 +63,18 @@ def shifted(text: str, seed: int) -> str:
     return text[cut:] + "\n\n\n" + text[:cut]
 
 
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def split_passes(policy: str) -> list[Pass[Any]]:
+    """The passes before the router."""
+    return [
+        p.Profile(p.ProfileConfig()),
+        p.Allocate(p.AllocateConfig(policy=policy)),
+        p.Carve(p.CarveConfig()),
+    ]
+
+
 class Bench:
     """One model, one calibration sample."""
 
@@ -91,13 +103,10 @@ class Bench:
             found["active"] = realised_share(program, self.held[:4])["neurons"]
         return found
 
-    def carve(
-        self, share: float, *passes: Pass[Any], policy: str = "measured"
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """carve's own passes, with the figures after each from the router on."""
-        program = capture_checkpoint(self.folder)
+    def context(self, program: Program, share: float) -> Context:
+        """What carve's passes share, with uniform widths planned."""
         request = make_request(program, None, share, 0.7)
-        context = Context(
+        return Context(
             self.batches,
             self.inputs,
             request,
@@ -105,33 +114,24 @@ class Bench:
             self.seed,
             judge=self.judge.loss,
         )
-        first: list[Pass[Any]] = [
-            p.Profile(p.ProfileConfig()),
-            p.Allocate(p.AllocateConfig(policy=policy)),
-            p.Carve(p.CarveConfig()),
-        ]
-        began, predicted = time.monotonic(), 0.0
-        for each in (*first, *passes):
-            (result,) = PassManager([each])(program, context)
-            predicted = result.metrics.get("predicted", predicted)
-            if each not in first:
-                figures = self.figures(program)
-                seconds = round(time.monotonic() - began, 1)
-                yield each.name, {**figures, "seconds": seconds, "predicted": predicted}
 
-    def oracle(self, share: float, policy: str = "uniform") -> dict[str, Any]:
-        """carve's experts with each token's truly largest ones, the same number on average."""
+    def carve(self, share: float, policy: str, *passes: Pass[Any]) -> Rows:
+        """carve's own passes, with the figures after each from the router on."""
         program = capture_checkpoint(self.folder)
-        request = make_request(program, None, share, 0.7)
-        context = Context(
-            self.batches, self.inputs, request, plan_widths(program, request), self.seed,
-            judge=self.judge.loss,
-        )  # fmt: skip
-        PassManager([
-            p.Profile(p.ProfileConfig()),
-            p.Allocate(p.AllocateConfig(policy=policy)),
-            p.Carve(p.CarveConfig()),
-        ])(program, context)  # fmt: skip
+        context = self.context(program, share)
+        began = time.monotonic()
+        first = PassManager(split_passes(policy))(program, context)
+        predicted = first[1].metrics["predicted"]
+        for each in passes:
+            PassManager([each])(program, context)
+            seconds = round(time.monotonic() - began, 1)
+            yield each.name, {**self.figures(program), "seconds": seconds, "predicted": predicted}
+
+    def oracle(self, share: float) -> dict[str, Any]:
+        """carve's experts, uniform widths, with each token's truly largest ones."""
+        program = capture_checkpoint(self.folder)
+        context = self.context(program, share)
+        PassManager(split_passes("uniform"))(program, context)
         replace: dict[str, FFN] = {}
         for site in program.carved:
             _, groups = program.notes["carve"][site.name]
@@ -141,12 +141,11 @@ class Bench:
     def narrow(self, share: float) -> dict[str, Any]:
         """A dense model of the same active size: the best neurons, refitted to tell the others."""
         program = capture_checkpoint(self.folder)
-        request = make_request(program, None, share, 0.7)
-        context = Context(self.batches, self.inputs, request, {}, judge=self.judge.loss)
+        context = self.context(program, share)
         PassManager([p.Profile(p.ProfileConfig())])(program, context)
-        measure = p.Allocate(p.AllocateConfig(probe=share))
+        measure = p.Allocate(p.AllocateConfig(probe=share)).measure
         return self.figures(
-            program, {s.name: measure.measure(s, program, context)[1] for s in program.sites}
+            program, {s.name: measure(s, program, context)[1] for s in program.sites}
         )
 
     def baseline(self, share: float, method: str) -> dict[str, Any]:
@@ -181,16 +180,13 @@ def _oracle(site: FFNSite, groups: Tensor, top_k: int, x: Tensor) -> Tensor:
     return linear(h, merged.down, merged.down_bias).view(*x.shape[:-1], -1)
 
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
-
-
 def _one(
     name: str, run: Callable[[Bench, float], dict[str, Any]]
 ) -> Callable[[Bench, float], Rows]:
     return lambda b, s: iter([(name, run(b, s))])
 
 
-def _carve(label: str, *names: str, policy: str = "measured", **options: Any) -> Any:
+def _carve(label: str, *names: str, policy: str = "measured") -> Callable[[Bench, float], Rows]:
     """Rows of carve: ``label`` with ``{}`` for the name of the pass just run."""
     make = {
         "fixed": lambda: p.RouteRidge(p.RouteRidgeConfig(dynamic=False)),
@@ -202,7 +198,7 @@ def _carve(label: str, *names: str, policy: str = "measured", **options: Any) ->
     }
 
     def rows(b: Bench, s: float) -> Rows:
-        for name, figures in b.carve(s, *(make[n]() for n in names), policy=policy):
+        for name, figures in b.carve(s, policy, *(make[n]() for n in names)):
             yield label.format(name), figures
 
     return rows
