@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -339,8 +340,10 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
     active: dict[str, float] = {}
     seen: dict[str, int] = {}
 
-    def count(site: FFNSite, x: Tensor) -> None:
+    def count(site: FFNSite, x: Tensor, mask: Tensor | None = None) -> None:
         flat = x.reshape(-1, x.shape[-1])
+        if mask is not None:  # padding takes experts of its own
+            flat = flat[mask.reshape(-1)]
         seen[site.name] = seen.get(site.name, 0) + len(flat)
         if site.routed is None:
             neurons, router = site.dense.intermediate_size * len(flat), 0
@@ -353,7 +356,7 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
         active[site.name] = active.get(site.name, 0.0) + neurons
 
     for batch in batches:
-        program.run(*batch.inputs, observe=count)
+        program.run(*batch.inputs, observe=partial(count, mask=batch.mask))
     ffn = sum(used[s.name] / seen[s.name] for s in program.sites)
     dense_ffn = sum(s.dense.macs for s in program.sites)
     return {
