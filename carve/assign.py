@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_STEPS = 2.0**40
+"""Costs are whole multiples of the largest one's this many parts."""
+
 
 def balanced_assignment(cost: Tensor, capacity: int) -> Tensor:
     """Assign ``n = E * capacity`` items to ``E`` groups of equal size at the least total cost.
@@ -23,7 +26,7 @@ def balanced_assignment(cost: Tensor, capacity: int) -> Tensor:
         capacity: items a group.
 
     Returns:
-        The group of each item, int64 ``[n]``.
+        The group of each item, int64 ``[n]``; the best for costs rounded to 1e-12 of the largest.
 
     Raises:
         ValueError: ``n`` is not ``E * capacity``, or a cost is not finite.
@@ -34,6 +37,11 @@ def balanced_assignment(cost: Tensor, capacity: int) -> Tensor:
         raise ValueError(f"{n} items do not fill {groups} groups of {capacity}")
     if not np.isfinite(c).all():
         raise ValueError("a cost is not finite")
+    # Whole numbers, whose sums are exact in fp64: rounding makes cycles of negative length out of
+    # equal costs, and a search for the shortest path never ends on one.
+    largest = np.abs(c).max(initial=0.0)
+    if largest > 0:
+        c = np.rint(c / largest * _STEPS)
     owner = c.argmin(1)
     members = [set(np.flatnonzero(owner == g).tolist()) for g in range(groups)]
     # step[g, h]: least extra cost of moving one member of g to h, and that member.
@@ -75,7 +83,7 @@ def _cheapest_path(step: np.ndarray, start: np.ndarray, stop: np.ndarray) -> lis
         through = distance[:, None] + step
         best = through.argmin(0)
         value = through[best, np.arange(len(distance))]
-        better = value < distance - 1e-12
+        better = value < distance
         if not better.any():
             break
         distance[better] = value[better]

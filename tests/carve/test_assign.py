@@ -51,6 +51,30 @@ def test_larger_random_problem() -> None:
     assert float(cost[torch.arange(160), torch.arange(160) % 8].double().sum()) > best + 1
 
 
+def test_costs_near_any_tolerance_end() -> None:
+    """Differences about the size of a float tolerance once made a cycle that had no end."""
+    values = np.array([-9e-13, 0.0, 1.1e-12, 3e-12], np.float32).astype(np.float64)
+    rows = [
+        "032213",
+        "202121",
+        "131220",
+        "033030",
+        "212133",
+        "232022",
+        "220231",
+        "303232",
+        "311332",
+        "003123",
+        "223022",
+        "130230",
+    ]
+    cost = values[[[int(v) for v in row] for row in rows]]
+    owner = balanced_assignment(torch.from_numpy(cost), 2).numpy()
+    repeated = np.repeat(cost, 2, axis=1)
+    best = repeated[linear_sum_assignment(repeated)].sum()
+    assert cost[np.arange(12), owner].sum() == pytest.approx(best, rel=1e-9)
+
+
 def test_input_is_not_changed() -> None:
     cost = torch.randn(12, 3, dtype=torch.float64)
     kept = cost.clone()
