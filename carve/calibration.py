@@ -26,6 +26,16 @@ class Batch:
     inputs: tuple[Tensor, ...]
     mask: Tensor | None = None
 
+    def rows(self, start: int, stop: int | None = None) -> Batch:
+        """Some of its rows."""
+        mask = None if self.mask is None else self.mask[start:stop]
+        return Batch(tuple(t[start:stop] for t in self.inputs), mask)
+
+    def counted(self, x: Tensor) -> Tensor:
+        """The rows ``[T, d]`` of ``x`` ``[B, S, d]`` whose tokens count."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.mask is None else flat[self.mask.reshape(-1)]
+
 
 def read_text(path: str | Path | None, default: str) -> str:
     """The text of ``path``, or the bundled ``default``.
@@ -163,8 +173,7 @@ def limit_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
         rows = batch.inputs[0]
         each = rows.shape[1] if rows.ndim == 2 else 1
         count = min(rows.shape[0], max(1, round(tokens / each)))
-        mask = None if batch.mask is None else batch.mask[:count]
-        taken.append(Batch(tuple(t[:count] for t in batch.inputs), mask))
+        taken.append(batch.rows(0, count))
         tokens -= count * each
         if tokens <= 0:
             break
@@ -182,8 +191,7 @@ def hold_back(batches: Sequence[Batch], tokens: int) -> tuple[list[Batch], list[
     for i, batch in enumerate(batches):
         start = taken[i] if i < len(taken) else 0
         if start < len(batch.inputs[0]):
-            mask = None if batch.mask is None else batch.mask[start:]
-            rest.append(Batch(tuple(t[start:] for t in batch.inputs), mask))
+            rest.append(batch.rows(start))
     enough = sum(len(b.inputs[0]) for b in rest) >= 3 * sum(taken)
     return (rest if enough else list(batches)), judged
 
@@ -214,11 +222,8 @@ class SiteInputs:
         parts: dict[str, list[Tensor]] = {s.name: [] for s in program.sites}
         for batch in progress(batches):
 
-            def keep(site: FFNSite, x: Tensor, mask: Tensor | None = batch.mask) -> None:
-                flat = x.reshape(-1, x.shape[-1])
-                if mask is not None:
-                    flat = flat[mask.reshape(-1)]
-                parts[site.name].append(flat.to(dtype, copy=True))
+            def keep(site: FFNSite, x: Tensor, batch: Batch = batch) -> None:
+                parts[site.name].append(batch.counted(x).to(dtype, copy=True))
 
             program.run(*batch.inputs, observe=keep)
         return cls({name: torch.cat(p) for name, p in parts.items()})

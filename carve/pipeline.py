@@ -340,10 +340,8 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
     active: dict[str, float] = {}
     seen: dict[str, int] = {}
 
-    def count(site: FFNSite, x: Tensor, mask: Tensor | None = None) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        if mask is not None:  # padding takes experts of its own
-            flat = flat[mask.reshape(-1)]
+    def count(site: FFNSite, x: Tensor, batch: Batch) -> None:
+        flat = batch.counted(x)  # padding takes experts of its own
         seen[site.name] = seen.get(site.name, 0) + len(flat)
         if site.routed is None:
             neurons, router = site.dense.intermediate_size * len(flat), 0
@@ -356,7 +354,7 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
         active[site.name] = active.get(site.name, 0.0) + neurons
 
     for batch in batches:
-        program.run(*batch.inputs, observe=partial(count, mask=batch.mask))
+        program.run(*batch.inputs, observe=partial(count, batch=batch))
     ffn = sum(used[s.name] / seen[s.name] for s in program.sites)
     dense_ffn = sum(s.dense.macs for s in program.sites)
     return {

@@ -368,7 +368,8 @@ class _Executor(fx.Interpreter):
         paused: Sequence[FFNSite],
         observe: Callable[[FFNSite, Tensor], None] | None,
     ) -> None:
-        super().__init__(program.module)
+        # Values are let go by this class's own schedule.
+        super().__init__(program.module, garbage_collect_values=False)
         self.observe = observe
         self.sites: dict[fx.Node, list[FFNSite]] = {}
         for s in program.sites:

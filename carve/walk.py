@@ -80,8 +80,7 @@ def _lesson(
         flat = []
         for part, batch in zip(parts, batches, strict=True):
             assert part is not None
-            rows = part.reshape(-1, part.shape[-1])
-            flat.append(rows if batch.mask is None else rows[batch.mask.reshape(-1)])
+            flat.append(batch.counted(part))
         return torch.cat(flat)
 
     x = gather([a.x for a in at_routed])

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carve.calibration import Batch
+from carve.calibration import Batch, SiteInputs
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
-from carve.program import FFNSite, Program
+from carve.program import Program
 from carve.training_state import TrainingState
 from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision
 
@@ -179,19 +179,12 @@ class Finetune(Pass[FinetuneConfig]):
 
     def _calibrate(self, program: Program, context: Context) -> None:
         """Thresholds on the inputs that the trained program brings to its sites."""
-        inputs: dict[str, list[Tensor]] = {}
-        for batch in context.batches[:8]:
-            mask = None if batch.mask is None else batch.mask.reshape(-1)
-
-            def keep(site: FFNSite, x: Tensor, mask: Tensor | None = mask) -> None:
-                flat = x.reshape(-1, x.shape[-1])
-                inputs.setdefault(site.name, []).append(flat if mask is None else flat[mask])
-
-            program.run(*batch.inputs, observe=keep)
+        inputs = SiteInputs.collect(program, context.batches[:8])
         for site in program.carved:
-            routed = need_routed(site, self.name)
-            x = torch.cat(inputs[site.name])
-            program.set_routed(site, calibrated(routed, x, context.experts(site)))
+            routed = calibrated(
+                need_routed(site, self.name), inputs.of(site), context.experts(site)
+            )
+            program.set_routed(site, routed)
 
 
 def _tokens(batch: Batch) -> int:

@@ -52,7 +52,9 @@ class Refit(Pass[RefitConfig]):
 
     def call(self, program: Program, context: Context) -> RefitMetrics:
         """Refit every carved site."""
-        metrics = RefitMetrics({}, {}, {}, True)
+        before: dict[str, float] = {}
+        after: dict[str, float] = {}
+        strength: dict[str, float] = {}
 
         def rewrite() -> None:
             for lesson in walk(program, context.batches, lambda s: context.progress(s, self.name)):
@@ -63,9 +65,8 @@ class Refit(Pass[RefitConfig]):
                 )
                 program.set_routed(site, fit.routed)
                 site.tuned = True
-                metrics.error_before[site.name] = fit.before
-                metrics.error_after[site.name] = fit.after
-                metrics.strength[site.name] = fit.strength
+                before[site.name], after[site.name] = fit.before, fit.after
+                strength[site.name] = fit.strength
 
         kept = unless_worse(program, context if self.config.judge else None, rewrite)
-        return RefitMetrics(metrics.error_before, metrics.error_after, metrics.strength, kept)
+        return RefitMetrics(before, after, strength, kept)
