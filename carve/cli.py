@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from carve.config import EFFORTS
 from carve.errors import CarveError
 from carve.version import __version__
 
@@ -42,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
     c.add_argument(
         "--effort",
-        choices=EFFORTS,
         help="training allowed: none (closed forms), layer (default) or full (end to end as well)",
     )
     c.add_argument("--bits", type=int, help="16 (unquantized), 8 or 4 (default)")

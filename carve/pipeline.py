@@ -75,9 +75,8 @@ def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:
     """
     scale = 2e13 / (2 * parameters)
     # Closed forms have what they need from fewer tokens than training does.
-    most = 40_000 if config.exact or config.effort == "none" else LAYER_TOKENS
-    if config.effort == "full" and not config.exact:
-        most = 1_000_000
+    by_effort = {"none": 40_000, "layer": LAYER_TOKENS, "full": 1_000_000}
+    most = by_effort["none" if config.exact else config.effort]
     calibration = config.tokens or int(min(most, max(8_192, scale)))
     final = config.eval_tokens or int(min(24_000, max(1_024, scale / 8)))
     return Tokens(

@@ -147,9 +147,9 @@ def _grouped_experts(
         at, "TopK", [scores, b.const(f"carve_k{r.top_k}", np.array([r.top_k]))], outputs=2
     )
     if r.dynamic:  # no expert has the number -1
-        zero = b.const("carve_zero", np.array(0.0, np.float32))
+        bar = b.const("carve_zero", np.array(0.0, np.float32))
         none = b.const("carve_none", np.array(-1))
-        index = b.op(at, "Where", [b.op(at, "Greater", [value, zero]), index, none])
+        index = b.op(at, "Where", [b.op(at, "Greater", [value, bar]), index, none])
     zero, last = b.const("carve_i0", np.array(0)), b.const("carve_i1", np.array([1]))
     for e in range(r.num_experts):
         hit = b.op(at, "Equal", [index, b.const(f"carve_i{e}_", np.array(e))])
