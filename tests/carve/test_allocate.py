@@ -21,14 +21,16 @@ from carve.passbase import Context, PassManager
 from carve.passes import Allocate, AllocateConfig, Profile, ProfileConfig
 from carve.program import FFN, Program
 
-VALUE = st.floats(0.0, 1.0)
-SITES = st.lists(st.lists(st.tuples(VALUE, VALUE, VALUE), min_size=1, max_size=4), max_size=4)
+# Whole costs: at the limit itself a solver's tolerance and a sum of floats may each go either way.
+COST = st.integers(0, 20)
+OPTION = st.tuples(st.floats(0.0, 1.0), COST, COST)
+SITES = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=4)
 
 
 @settings(max_examples=60, deadline=None)
-@given(SITES.filter(bool), st.floats(0.1, 3.0), st.floats(0.1, 3.0))
+@given(SITES, st.integers(1, 60), st.integers(1, 60))
 def test_the_choice_is_the_best_of_all(
-    table: list[list[tuple[float, float, float]]], macs: float, size: float
+    table: list[list[tuple[float, int, int]]], macs: int, size: int
 ) -> None:
     options = {
         f"s{i}": [Option(loss, {"macs": m, "bytes": b}) for loss, m, b in each]
@@ -48,7 +50,7 @@ def test_the_choice_is_the_best_of_all(
     best = min(sum(o.loss for o in c) for c in possible)
     assert found.loss == pytest.approx(best, abs=1e-5)
     assert found.bound <= found.loss
-    assert fits(tuple(found.chosen.values())) or found.loss <= best
+    assert fits(tuple(found.chosen.values()))
 
 
 def test_what_cannot_be_reached_is_named() -> None:
