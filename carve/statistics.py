@@ -69,6 +69,22 @@ class Fit:
     strength: float
 
 
+_JUDGED_WIDTH = 256
+
+
+def _projection(width: int) -> Tensor | None:
+    """A random projection ``[width, 256]`` that keeps squared lengths on average; None if narrow.
+
+    Its relative error on the sum over many tokens and columns is far below the differences between
+    strengths that matter.
+    """
+    if width <= 2 * _JUDGED_WIDTH:
+        return None
+    generator = torch.Generator().manual_seed(width)
+    view: Tensor = torch.randn(width, _JUDGED_WIDTH, generator=generator) / _JUDGED_WIDTH**0.5
+    return view
+
+
 def refit_down(
     routed: RoutedFFN,
     x: Tensor,
@@ -85,7 +101,9 @@ def refit_down(
     ``W = W0 + (G + l D)^-1 (R - G W0)``, ``G = sum w phi phi'``, ``R = sum w phi y'``,
     ``D = diag G`` and its mean / 100: ridge regression pulled towards the present weights ``W0``,
     on the scale of each feature. Mean compensation is the part of it that moves the biases alone.
-    Every fifth token judges the strength ``l``; all join the fit once it is known.
+    Every fifth token judges the strength ``l``; all join the fit once it is known. Where the output
+    is wide, the judging is on a random projection of it (Johnson and Lindenstrauss): its squared
+    errors have the same expectation, and the solves for each strength cost a fraction.
 
     Shapes: ``x`` ``[T, d]``, ``target`` ``[T, d_out]``, ``weight`` ``[T]``.
     """
@@ -93,7 +111,7 @@ def refit_down(
     size = shared + experts * routed.expert_size
     merged = routed.merged()
     parts = [torch.arange(i, len(x), 5) for i in range(5)]
-    gram, right, total = [], [], []
+    gram, right = [], []
     for index in (torch.cat(parts[:-1]), parts[-1]):
         g = x.new_zeros((size + experts + 1,) * 2)
         r = x.new_zeros((size + experts + 1, target.shape[1]))
@@ -107,31 +125,38 @@ def refit_down(
             r += scaled.T @ target[rows]
         gram.append(g)
         right.append(r)
-        total.append(float((weight[index, None] * target[index].square()).sum()))
     start = torch.zeros_like(right[0])
     start[:size] = merged.down.float().T
     if routed.expert_bias is not None:
         start[size:-1] = routed.expert_bias
     if routed.output_bias is not None:
         start[-1] = routed.output_bias
+    view = _projection(target.shape[1])
+
+    def seen(t: Tensor) -> Tensor:
+        return t if view is None else t @ view
+
+    start_seen, fit_seen, held_seen = seen(start), seen(right[0]), seen(right[1])
+    judged = torch.split(parts[-1], chunk)
+    scale = sum(float((weight[r, None] * seen(target[r]).square()).sum()) for r in judged)
 
     def held_out(w: Tensor) -> float:
-        value = (w * (gram[1] @ w - 2 * right[1])).double().sum() + total[1]
-        return float(value) / max(total[1], 1e-30)
+        value = (w * (gram[1] @ w - 2 * held_seen)).double().sum() + scale
+        return float(value) / max(scale, 1e-30)
 
-    def solve(g: Tensor, r: Tensor, strength: float) -> Tensor:
+    def solve(g: Tensor, r: Tensor, origin: Tensor, strength: float) -> Tensor:
         a = g.double()
         pull = a.diagonal() + 0.01 * a.diagonal().mean()
         a.diagonal().add_(strength * pull + 1e-9 * a.diagonal().mean())
-        change = torch.cholesky_solve((r - g @ start).double(), torch.linalg.cholesky(a))
-        return start + change.float()
+        change = torch.cholesky_solve((r - g @ origin).double(), torch.linalg.cholesky(a))
+        return origin + change.float()
 
-    before = held_out(start)
-    errors = {s: held_out(solve(gram[0], right[0], s)) for s in strengths}
+    before = held_out(start_seen)
+    errors = {s: held_out(solve(gram[0], fit_seen, start_seen, s)) for s in strengths}
     best = min(errors, key=errors.__getitem__)
     if not errors[best] < before:
         return Fit(routed, before, before, 0.0)
-    w = solve(gram[0] + gram[1], right[0] + right[1], best)
+    w = solve(gram[0] + gram[1], right[0] + right[1], start, best)
     down = w[:size].T
     new = replace(
         routed,

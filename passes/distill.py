@@ -29,7 +29,7 @@ class DistillConfig:
     batch: int = 2048
     rate: float = 0.03
     work: float = 3e13
-    site_work: float = 5e12
+    site_work: float = 3e12
     strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     judge: bool = True
 

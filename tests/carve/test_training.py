@@ -187,6 +187,24 @@ def test_refit_is_the_least_error(routed: Routed) -> None:
     assert error(0.0) < min(error(1e-2), error(-1e-2))
 
 
+def test_a_wide_output_is_judged_by_a_projection_of_it(
+    routed: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = routed.program.sites[0]
+    assert site.routed is not None
+    x = routed.inputs.of(site)
+    target = site.dense(x)
+    strengths = [1e-4, 1.0, 1e4]
+    exact = refit_down(site.routed, x, target, torch.ones(len(x)), strengths)
+    monkeypatch.setattr("carve.statistics._JUDGED_WIDTH", 24)  # of 64
+    seen = refit_down(site.routed, x, target, torch.ones(len(x)), strengths)
+    assert seen.strength == exact.strength
+    torch.testing.assert_close(seen.routed.expert_down, exact.routed.expert_down)
+    assert seen.before != exact.before
+    assert seen.before == pytest.approx(exact.before, rel=0.25)
+    assert seen.after == pytest.approx(exact.after, rel=0.25)
+
+
 def test_refit_leaves_what_it_cannot_better() -> None:
     routed = tiny.random_routed(capture_plain().sites[0], compensation=False).with_top_k(4)
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
