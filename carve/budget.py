@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from carve.errors import UserError
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 
 BLOCK = (
     32  # block-wise kernels quantize 32 weights of a row together, so widths are multiples of it

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from carve.errors import UserError
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

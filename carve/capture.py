@@ -260,14 +260,18 @@ def _finish(
     config: dict[str, Any],
 ) -> Program:
     sites = find_ffn_sites(module)
-    macs = projection_macs(module, sites)  # refuses by name what is neither FFN nor attention
+    macs, attention = projection_macs(
+        module, sites
+    )  # refuses by name what is neither FFN nor attention
     if not sites:
         raise UserError(
             "no-ffn",
             "no feed-forward network was found in the captured graph",
             "carve looks for linear(act(linear(x))) and linear(act(linear(x)) * linear(x))",
         )
-    return Program(module, kind, inputs, outputs, example, dynamic, sites, macs, config)
+    return Program(
+        module, kind, inputs, outputs, example, dynamic, sites, macs, config, attention=attention
+    )
 
 
 def capture_checkpoint(source: str | Path | Checkpoint) -> Program:

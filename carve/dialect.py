@@ -303,3 +303,73 @@ def _(
 
 
 _differentiable("attention", attention)
+
+_LIB.define(
+    "gated(Tensor y, Tensor x, Tensor position, Tensor weight, Tensor bias, Tensor? bridge_in, "
+    "Tensor? bridge_gate, Tensor? bridge_out, Tensor? bridge_bias, int always) -> Tensor"
+)
+
+
+def gate_scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x g + b`` in fp32, ``[...]`` for ``x`` ``[..., d]``: positive where a token runs.
+
+    Shapes: ``weight`` ``[d]``, ``bias`` ``[1]`` (the threshold is part of it).
+    """
+    return F.linear(x.float(), weight.float()[None]).squeeze(-1) + bias.float()
+
+
+def bridge(
+    x: Tensor,
+    bridge_in: Tensor | None,
+    bridge_gate: Tensor | None,
+    bridge_out: Tensor | None,
+    bridge_bias: Tensor | None,
+) -> Tensor:
+    """What a skipped token gets: ``h C + c`` with ``h = x A``, or ``silu(x G) * (x A)``.
+
+    Without ``bridge_in`` only ``c``, without it zero. Shapes: ``x`` ``[..., d]``, ``A`` and ``G``
+    ``[r, d]``, ``C`` ``[d_out, r]``, ``c`` ``[d_out]``.
+    """
+    if bridge_in is not None and bridge_out is not None:
+        activation = "identity" if bridge_gate is None else "silu"
+        h = hidden(x, bridge_gate, None, bridge_in, None, activation)
+        return linear(h, bridge_out, bridge_bias)
+    zero = torch.zeros_like(x)
+    return zero if bridge_bias is None else zero + bridge_bias.to(x.dtype)
+
+
+def gated(
+    y: Tensor,
+    x: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    bridge_in: Tensor | None,
+    bridge_gate: Tensor | None,
+    bridge_out: Tensor | None,
+    bridge_bias: Tensor | None,
+    always: int,
+) -> Tensor:
+    """A block's result where the gate lets a token run, else what its bridge gives.
+
+    ``out_t = y_t`` if ``x_t g + b > 0`` or ``position_t < always``, else ``bridge(x_t)``. Here both
+    are computed; an emitter that lowers the operator computes ``y_t`` for the tokens that run.
+
+    Shapes: ``y`` ``[B, S, d_out]``, ``x`` ``[B, S, d]``, ``position`` ``[B, S]`` int64; the others
+    as in `gate_scores` and `bridge`. Sources: Mixture-of-Depths (arXiv 2404.02258) for routing
+    tokens round a block, FlexiDepth (arXiv 2503.23798) for keys and values of skipped tokens.
+    """
+    runs = (gate_scores(x, weight, bias) > 0) | (position < always)
+    other = bridge(x, bridge_in, bridge_gate, bridge_out, bridge_bias)
+    return torch.where(runs[..., None].expand(y.shape), y, other.reshape(y.shape).to(y.dtype))
+
+
+_LIB.impl("gated", gated, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("carve::gated")  # type: ignore[untyped-decorator]
+def _(y: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(y)
+
+
+_differentiable("gated", gated)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from carve.calibration import Batch, limit_batches
-from carve.program import FFN, Program
+from carve.program import Program
+from carve.sites import FFN
 
 Forward = Callable[[tuple[Tensor, ...]], Tensor]
 

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 
 from carve.dialect import ACTIVATIONS
 from carve.errors import UserError
-from carve.program import DenseFFN, FFNSite
+from carve.ffn import DenseFFN
+from carve.sites import AttentionSite, FFNSite
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -331,8 +332,10 @@ def attention_linears(module: fx.GraphModule, sites: list[FFNSite]) -> list[fx.N
     return [n for n in module.graph.nodes if n in found - ffn and _in_block(module_path(n))]
 
 
-def projection_macs(module: fx.GraphModule, sites: list[FFNSite]) -> int:
-    """Multiply-accumulates of the attention projections for one token.
+def projection_macs(
+    module: fx.GraphModule, sites: list[FFNSite]
+) -> tuple[int, list[AttentionSite]]:
+    """Multiply-accumulates of the attention projections for one token, and what gates may skip.
 
     Raises:
         UserError: a block holds products with weights that belong to no FFN and no attention.
@@ -357,4 +360,35 @@ def projection_macs(module: fx.GraphModule, sites: list[FFNSite]) -> int:
             "not understood in this model's blocks: " + ", ".join(sorted(set(strange))[:8]),
             "carve takes dense FFNs and attention, no mixture of experts and no state-space blocks",
         )
-    return sum(math.prod(_weight(module, n).shape) for n in attention)
+    macs = sum(math.prod(_weight(module, n).shape) for n in attention)
+    return macs, find_attention_sites(module, set(attention))
+
+
+def find_attention_sites(module: fx.GraphModule, blocks: set[fx.Node]) -> list[AttentionSite]:
+    """Attention with a cache whose query and output are linears of their own, in graph order.
+
+    Where queries come out of one linear with keys, or the result of attention reaches more than one
+    linear, there is nothing a gate could leave out, and no site. ``blocks`` are the linears of
+    attention inside the blocks (see `attention_linears`).
+    """
+    sites: list[AttentionSite] = []
+    for n in module.graph.find_nodes(op="call_function", target=torch.ops.carve.attention.default):
+        query, key, value = (_linears_behind(a) for a in n.args[:3])
+        outputs = _reach(n, forward=True)
+        if len(query) != 1 or len(outputs) != 1 or query & (key | value):
+            continue
+        (q,), (o,) = query, outputs
+        if not {q, o} <= blocks:
+            continue
+        macs = math.prod(_weight(module, q).shape) + math.prod(_weight(module, o).shape)
+        path = _common([module_path(q), module_path(o)])
+        x: Any = q.args[0]
+        sites.append(AttentionSite(path, x, o, n, macs))
+    return sites
+
+
+def _linears_behind(value: Any) -> set[fx.Node]:
+    """The linears that make a query, key or value."""
+    if not isinstance(value, fx.Node):
+        return set()
+    return {value} if value.target is LINEAR else _reach(value, forward=False)

@@ -14,7 +14,8 @@ from torch import Tensor
 from carve.dialect import LinearRule, linear_rule
 from carve.emit import pack
 from carve.errors import CarveError
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ import torch
 from carve.budget import Request, Split
 from carve.calibration import Batch, SiteInputs
 from carve.errors import CarveError
-from carve.program import FFN, FFNSite, Program, RoutedFFN
+from carve.ffn import RoutedFFN
+from carve.program import Program
+from carve.sites import FFN, FFNSite
 
 log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")

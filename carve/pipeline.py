@@ -333,7 +333,7 @@ def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, floa
     ``budget``: of the blocks' multiply-accumulates; ``ffn_active``: of the FFNs', routers counted;
     ``neurons``: of the FFNs' neurons.
     """
-    from carve.program import FFNSite
+    from carve.sites import FFNSite
 
     used: dict[str, float] = {}
     active: dict[str, float] = {}

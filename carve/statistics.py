@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from carve.program import FFNSite, RoutedFFN
+from carve.ffn import RoutedFFN
+from carve.sites import FFNSite
 
 
 def weights_of_size(stream: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carve.dialect import ACTIVATIONS, select
-from carve.program import RoutedFFN
+from carve.ffn import RoutedFFN
 
 
 def mixed_precision() -> AbstractContextManager[object]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from carve.calibration import Batch
-from carve.program import AtSite, FFNSite, Program
+from carve.executor import Pauses
+from carve.program import Program
+from carve.sites import AtSite, FFNSite
 from carve.statistics import weights_of_size
 
 Steps = Generator[AtSite, Tensor, tuple[Tensor, ...]]
@@ -49,13 +51,14 @@ def walk(
     """
     sites = program.sites
 
-    def start() -> tuple[list[Steps], list[AtSite]]:
-        steps = [program.steps(*b.inputs, sites=sites, only_first=True) for b in batches]
+    def start(gates: bool) -> tuple[list[Steps], list[AtSite]]:
+        pauses = Pauses(sites, gates=gates)
+        steps = [program.steps(*b.inputs, pauses=pauses, only_first=True) for b in batches]
         with torch.no_grad():
             return steps, [next(s) for s in steps]
 
-    dense, at_dense = start()
-    routed, at_routed = start()
+    dense, at_dense = start(gates=False)
+    routed, at_routed = start(gates=True)
     for i, site in enumerate(progress(sites)):
         with torch.no_grad():
             outputs = [site.dense(a.x) for a in at_dense]

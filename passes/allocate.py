@@ -11,8 +11,10 @@ from torch import Tensor
 from carve.allocate import Option, allocate
 from carve.budget import Split, choose_split, cost_of
 from carve.errors import UserError
+from carve.ffn import DenseFFN
 from carve.passbase import Context, ContractError, Pass, need_notes
-from carve.program import DenseFFN, FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import weights_of_size
 
 

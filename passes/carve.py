@@ -9,8 +9,10 @@ from torch import Tensor
 
 from carve.assign import balanced_assignment
 from carve.budget import Split
+from carve.ffn import DenseFFN, RoutedFFN
 from carve.passbase import Context, ContractError, Pass, need_notes
-from carve.program import DenseFFN, FFNSite, Program, RoutedFFN
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import weights_of_size
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from carve.ffn import RoutedFFN
 from carve.passbase import Context, Pass, need_notes, need_routed
-from carve.program import FFNSite, Program, RoutedFFN
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import weights_of_size
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carve.ffn import RoutedFFN
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
-from carve.program import Program, RoutedFFN
+from carve.program import Program
 from carve.statistics import refit_down
 from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision, shuffled
 from carve.walk import Lesson, walk

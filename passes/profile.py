@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from carve.passbase import Context, Pass
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import weights_of_size
 
 

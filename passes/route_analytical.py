@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from carve.passbase import Context, ContractError, Pass, need_notes, need_routed
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import expert_energy
 
 

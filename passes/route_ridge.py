@@ -9,7 +9,8 @@ from torch import Tensor
 
 from carve.dialect import select
 from carve.passbase import Context, Pass, need_notes, need_routed
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import expert_energy, ridge, weights_of_size
 from carve.tuning import calibrated
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from carve.calibration import DATA
 from carve.capture import DYNAMIC, capture_module, capture_transformers
-from carve.program import FFNSite, Program, RoutedFFN
+from carve.ffn import RoutedFFN
+from carve.program import Program
+from carve.sites import FFNSite
 
 # Nothing here is large enough for two threads, and threads that wait for one another stall for
 # minutes on a machine that is busy with other work.
@@ -187,8 +189,16 @@ def clone(program: Program) -> Program:
     """A copy that passes may rewrite."""
     module = copy.deepcopy(program.module)
     nodes = dict(zip(program.module.graph.nodes, module.graph.nodes, strict=True))
-    sites = [replace(s, input=nodes[s.input], output=nodes[s.output]) for s in program.sites]
-    return replace(program, module=module, sites=sites, notes=dict(program.notes))
+
+    def own(block: Any, **more: Any) -> Any:
+        gate = None if block.gate_node is None else nodes[block.gate_node]
+        ends = {"input": nodes[block.input], "output": nodes[block.output]}
+        return replace(block, **ends, gate_node=gate, **more)
+
+    sites = [own(s) for s in program.sites]
+    attention = [own(a, attention=nodes[a.attention]) for a in program.attention]
+    notes = dict(program.notes)
+    return replace(program, module=module, sites=sites, attention=attention, notes=notes)
 
 
 def random_routed(

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from carve.calibration import SiteInputs
 from carve.dialect import linear
+from carve.ffn import DenseFFN, RoutedFFN
 from carve.passes.allocate import narrowed
-from carve.program import DenseFFN, Program, RoutedFFN
+from carve.program import Program
 
 CHUNK = 2048
 """Tokens handled at once: bounds the dense markers in memory to ``CHUNK x intermediate_size``."""

@@ -44,8 +44,9 @@ from carve.dialect import linear, select
 from carve.evaluate import Evaluator, as_dict
 from carve.passbase import Context, Pass, PassManager
 from carve.pipeline import realised_share
-from carve.program import FFN, FFNSite, Program
+from carve.program import Program
 from carve.report import table
+from carve.sites import FFN, FFNSite
 from carve.statistics import expert_energy
 
 

@@ -23,7 +23,8 @@ from carve.emit.builder import CONTRIB, Builder, lazy_float
 from carve.emit.graph import given, produced, replace
 from carve.emit.skeleton import DOMAIN
 from carve.errors import CarveError
-from carve.program import Program, RoutedFFN
+from carve.ffn import RoutedFFN
+from carve.program import Program
 
 
 def _hidden(

@@ -19,7 +19,8 @@ from carve.errors import UserError
 from carve.evaluate import Evaluator
 from carve.passbase import Context, PassManager
 from carve.passes import Allocate, AllocateConfig, Profile, ProfileConfig
-from carve.program import FFN, Program
+from carve.program import Program
+from carve.sites import FFN
 
 # Whole costs: at the limit itself a solver's tolerance and a sum of floats may each go either way.
 COST = st.integers(0, 20)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from carve import dialect
 from carve.dialect import ACTIVATIONS
-from carve.program import RoutedFFN
+from carve.ffn import RoutedFFN
 
 D, S, E, M = 12, 10, 5, 6
 

@@ -30,7 +30,8 @@ from carve.passes import (
     RouteRidge,
     RouteRidgeConfig,
 )
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import expert_energy, ridge, weights_of_size
 
 SPLIT = Split(shared_size=64, expert_size=32, num_experts=6, top_k=2)

@@ -38,7 +38,8 @@ from carve.passes import (
     RouteRidge,
     RouteRidgeConfig,
 )
-from carve.program import FFNSite, Program
+from carve.program import Program
+from carve.sites import FFNSite
 from carve.statistics import refit_down, weights_of_size
 from carve.tuning import MaskedFFN, calibrated, shuffled, threshold
 from carve.walk import walk

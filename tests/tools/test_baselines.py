@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carve.program import DenseFFN, RoutedFFN
+from carve.ffn import DenseFFN, RoutedFFN
 
 D, INTERMEDIATE, SLICES, SHARED = 24, 135, 8, 3
 EXPERTS, M = SLICES - SHARED, INTERMEDIATE // SLICES
