@@ -6,15 +6,20 @@ their routers; embeddings, attention scores and the language-model head are not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from carve.errors import UserError
 from carve.program import Program
-from carve.sites import FFNSite
+from carve.sites import Block, FFNSite
 
 BLOCK = (
     32  # block-wise kernels quantize 32 weights of a row together, so widths are multiples of it
 )
+
+
+BRIDGE_RANK = 32
+"""Width of a gate's low-rank bridge, see `carve.gates`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Request:
     ``limit``: multiply-accumulates a token that all FFNs together may use; ``count_routers``:
     whether routers are among them (a budget) or not (a pinned share of the neurons).
     ``shared_share``: wanted share of the active neurons in the shared expert. ``num_experts`` and
-    ``top_k`` are fixed where given.
+    ``top_k`` are fixed where given. ``limit`` is what is left beside attention without gates.
     """
 
     limit: float
@@ -76,30 +81,77 @@ class Request:
     top_k: int | None = None
 
 
-def cost_of(site: FFNSite, split: Split | None, request: Request) -> int:
-    """Multiply-accumulates a token as the request counts them; None is the dense FFN."""
-    if split is None:
-        return site.dense.macs
-    if request.count_routers:
-        return macs_of(site, split)
-    return matrices(site) * site.dense.up.shape[1] * split.active_size
+def cost_of(site: FFNSite, split: Split | None, request: Request, skip: float = 0.0) -> int:
+    """Multiply-accumulates a token as the request counts them; None is the dense FFN.
+
+    ``skip`` is the share of tokens that a gate leaves out. A pinned share of neurons (routers not
+    counted) is of the tokens that run.
+    """
+    if not request.count_routers:
+        active = site.dense.intermediate_size if split is None else split.active_size
+        return matrices(site) * site.dense.up.shape[1] * active
+    macs = site.dense.macs if split is None else macs_of(site, split)
+    return round(macs * (1.0 - skip)) + (gate_macs(site) if skip else 0)
 
 
-def choose_split(site: FFNSite, macs: float, request: Request) -> Split:
+def gate_macs(block: Block) -> int:
+    """Multiply-accumulates a token of a gate with the widest bridge that is fitted by default."""
+    width = int(block.input.meta["val"].shape[-1])
+    return width + 2 * width * min(BRIDGE_RANK, width)
+
+
+def skip_saving(program: Program, skips: Mapping[str, float]) -> float:
+    """Multiply-accumulates a token that gates on attention save."""
+    gated = [(a, skips.get(a.name, 0.0)) for a in program.attention]
+    return sum(s * a.query_macs - gate_macs(a) for a, s in gated if s)
+
+
+def plan_skips(program: Program, rate: float) -> dict[str, float]:
+    """The blocks that are gated where a rate is asked for: the deep half without the last layer.
+
+    Early layers matter most and the last one writes what is read out (Men et al., arXiv
+    2403.03853; FlexiDepth, arXiv 2503.23798).
+
+    Raises:
+        UserError: the program is no decoder, or too shallow.
+    """
+    if not rate:
+        return {}
+    if program.kind != "decoder":
+        raise UserError("skip", "gates need a causal decoder", "convert without --skip")
+
+    def deep(blocks: Sequence[Block]) -> Sequence[Block]:
+        return blocks[len(blocks) // 2 : -1]
+
+    names = {b.name for b in (*deep(program.attention), *deep(program.sites))}
+    if not names:
+        raise UserError(
+            "skip", f"{len(program.sites)} layers leave none to skip", "convert without --skip"
+        )
+    return dict.fromkeys([b.name for b in program.blocks if b.name in names], rate)
+
+
+def choose_split(site: FFNSite, macs: float, request: Request, skip: float = 0.0) -> Split | None:
     """The split of largest active width that costs at most ``macs``, near the wanted shared share.
 
     Args:
         site: the FFN.
         macs: what it may cost, see `cost_of`.
         request: shared share, and what is fixed.
+        skip: share of tokens that a gate leaves out.
+
+    Returns:
+        The widths, or None where the whole FFN costs no more.
 
     Raises:
         UserError: no split is that small.
     """
+    if cost_of(site, None, request, skip) <= macs:
+        return None
     options = splits_of(site, request.num_experts, request.top_k)
-    fitting = [s for s in options if cost_of(site, s, request) <= macs]
+    fitting = [s for s in options if cost_of(site, s, request, skip) <= macs]
     if not fitting:
-        least = min((cost_of(site, s, request) for s in options), default=site.dense.macs)
+        least = min((cost_of(site, s, request, skip) for s in options), default=site.dense.macs)
         raise UserError(
             "budget",
             f"{site.name}: no split fits; the least is {least / site.dense.macs:.3f} of the FFN",
@@ -107,7 +159,7 @@ def choose_split(site: FFNSite, macs: float, request: Request) -> Split:
         )
 
     def cost(s: Split) -> tuple[float, float]:
-        unused = (macs - cost_of(site, s, request)) / site.dense.macs
+        unused = (macs - cost_of(site, s, request, skip)) / site.dense.macs
         share = abs(s.shared_size / s.active_size - request.shared_share)
         # Half a percent of the FFN left unused weighs as much as a tenth of shared share.
         return (round(unused / 0.005) * 0.1 + share, -s.num_experts)
@@ -165,19 +217,27 @@ def make_request(
     return request
 
 
-def plan_widths(program: Program, request: Request) -> dict[str, Split | None]:
+def plan_widths(
+    program: Program, request: Request, skips: Mapping[str, float] | None = None
+) -> dict[str, Split | None]:
     """Uniform widths for every site: the same share of each FFN.
+
+    ``skips`` are the planned gates: what they save lets FFNs be wider, within a budget.
 
     Raises:
         UserError: no widths are that small.
     """
-    share = request.limit / sum(s.dense.macs for s in program.sites)
+    planned = skips or {}
+    dense = sum(cost_of(s, None, request, planned.get(s.name, 0.0)) for s in program.sites)
+    limit = request.limit + (skip_saving(program, planned) if request.count_routers else 0.0)
+    share = limit / dense
     splits: dict[str, Split | None] = {}
     left = 0.0
     # From the last site to the first: the early ones matter most, and get what is left over.
     for s in reversed(program.sites):
         # Widths come in steps: what one site cannot use, the one before may.
-        asked = share * s.dense.macs + left
-        splits[s.name] = choose_split(s, asked, request)
-        left = asked - cost_of(s, splits[s.name], request)
+        skip = planned.get(s.name, 0.0)
+        asked = share * cost_of(s, None, request, skip) + left
+        splits[s.name] = choose_split(s, asked, request, skip)
+        left = asked - cost_of(s, splits[s.name], request, skip)
     return splits

@@ -43,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         "--effort",
         help="training allowed: none (closed forms), layer (default) or full (end to end as well)",
     )
+    c.add_argument(
+        "--skip",
+        type=_skip,
+        help="share of tokens that pass round each block of the deep half, or auto (default: 0)",
+    )
     c.add_argument("--bits", type=int, help="16 (unquantized), 8 or 4 (default)")
     c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")
     c.add_argument("--calibration", help="a text file instead of the bundled text")
@@ -85,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     c = command("list", "the passes or the targets")
     c.add_argument("what", choices=("passes", "targets"))
     return p
+
+
+def _skip(text: str) -> float | str:
+    """A share, or ``auto``; its range is checked with all other settings."""
+    return text if text == "auto" else float(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,6 +178,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         "budget": args.budget,
         "ffn_active": args.ffn_active,
         "effort": args.effort,
+        "skip": args.skip,
         "bits": args.bits,
         "targets": args.target.split(",") if args.target else None,
         "calibration": args.calibration,

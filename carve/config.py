@@ -24,6 +24,7 @@ PASS_NAMES = (
     "compensate",
     "refit",
     "distill",
+    "gate",
     "finetune",
 )
 EFFORTS = ("none", "layer", "full")
@@ -42,6 +43,8 @@ class ConvertConfig:
         targets: what to emit.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
+        skip: share of tokens that pass round each block of the deep half, in [0, 1); 0 has no
+            gates, ``auto`` lets the allocation choose blocks and rates.
         exact: keep the dense weights as they are: widths, routers and compensation only, so that
             every expert on is the dense model; ``effort`` has no say then.
         router: ``ridge`` or ``analytical``.
@@ -62,6 +65,7 @@ class ConvertConfig:
     bits: int = 4
     targets: tuple[str, ...] = TARGETS
     effort: str = "layer"
+    skip: float | str = 0.0
     exact: bool = False
     router: str = "ridge"
     shared_share: float = 0.7
@@ -108,6 +112,12 @@ def _check(c: ConvertConfig) -> None:
         )
     if c.router not in ("ridge", "analytical"):
         raise UserError("config", f"router {c.router!r} is neither 'ridge' nor 'analytical'")
+    if c.skip != "auto" and (
+        isinstance(c.skip, bool) or not isinstance(c.skip, int | float) or not 0.0 <= c.skip < 1.0
+    ):
+        raise UserError(
+            "config", f"skip {c.skip!r} is neither 'auto' nor in [0, 1)", "try --skip 0.25"
+        )
     for low, value, label in (
         (8, c.length, "length"),
         (1, c.tokens, "tokens"),

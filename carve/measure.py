@@ -76,7 +76,7 @@ def evaluate_artifact(
     result["realised"] = {
         "ffn_active": artifact.report["ffn_active"],
         "budget": artifact.report["budget"]["realised"],
-        "skip": 0.0,
+        "skip": artifact.report["skip"]["realised"],
     }
     return result
 

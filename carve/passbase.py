@@ -43,11 +43,11 @@ class Context:
 
     ``inputs`` are what the dense program's FFNs see on the calibration text; ``request`` is what
     the user asks of the widths and ``splits`` are the widths by site, None where a site stays
-    dense; ``seed`` feeds every random choice; ``judge`` gives the loss of a program (with FFNs
-    replaced, where they are given by site name) against the dense one, end to end (KL, or 1 -
-    cosine), on calibration text that is not in ``batches``; ``stream`` are all batches, where an
-    end-to-end pass may see more than layer-wise work does; ``state`` is a folder for what a long
-    pass needs to go on after a crash.
+    dense; ``skips`` are the shares of tokens that gates are to skip, by block; ``seed`` feeds every
+    random choice; ``judge`` gives the loss of a program (with FFNs replaced, where they are given
+    by site name) against the dense one, end to end (KL, or 1 - cosine), on calibration text that is
+    not in ``batches``; ``stream`` are all batches, where an end-to-end pass may see more than
+    layer-wise work does; ``state`` is a folder for what a long pass needs to go on after a crash.
     """
 
     batches: Sequence[Batch]
@@ -59,6 +59,7 @@ class Context:
     judge: Judge | None = None
     stream: Sequence[Batch] = ()
     state: Path | None = None
+    skips: dict[str, float] = field(default_factory=dict)
 
     def split(self, site: FFNSite) -> Split:
         """The widths of a site that is carved.

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +32,8 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
     """The pipeline as one list."""
     from carve import passes as p
 
-    def make(cls: type[Any], settings: type[Any]) -> Any:
-        return cls(build(settings, cls.name, config.passes.get(cls.name, {})))
+    def make(cls: type[Any], settings: type[Any], **more: Any) -> Any:
+        return cls(build(settings, cls.name, {**more, **config.passes.get(cls.name, {})}))
 
     router = (
         make(p.RouteRidge, p.RouteRidgeConfig)
@@ -43,16 +42,19 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
     )
     listed: list[Pass[Any]] = [
         make(p.Profile, p.ProfileConfig),
-        make(p.Allocate, p.AllocateConfig),
+        make(p.Allocate, p.AllocateConfig, skip=config.skip == "auto"),
         make(p.Carve, p.CarveConfig),
         router,
     ]
     if config.exact:
-        return [*listed, make(p.Compensate, p.CompensateConfig)]
-    listed.append(make(p.Refit, p.RefitConfig))
-    if config.effort in ("layer", "full"):
+        listed.append(make(p.Compensate, p.CompensateConfig))
+    else:
+        listed.append(make(p.Refit, p.RefitConfig))
+    if config.effort in ("layer", "full") and not config.exact:
         listed.append(make(p.Distill, p.DistillConfig))
-    if config.effort == "full":
+    if config.skip:
+        listed.append(make(p.SkipGates, p.GateConfig))
+    if config.effort == "full" and not config.exact:
         listed.append(make(p.Finetune, p.FinetuneConfig))
     return listed
 
@@ -195,6 +197,7 @@ class _Conversion:
         """Carve, emit, check, and put the artifact in place."""
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
+        from carve.realised import realised_share, realised_skips
 
         program = self.program
         parameters = sum(p.numel() for p in program.module.parameters())
@@ -209,18 +212,20 @@ class _Conversion:
             results = manager(program, context)
             quality = as_dict(evaluator(program))
             realised = realised_share(program, held[:4])
+            skips = realised_skips(program, held[:4])
         else:
-            realised = {"budget": 1.0, "ffn_active": 1.0}
+            realised = {"budget": 1.0, "ffn_active": 1.0, "skip": 0.0}
+            skips = {}
         with art.staged(self.out) as stage:
             emitted, emit_record = self._emit(stage, held)
-            report = self._report(results, emit_record, quality, realised)
+            report = self._report(results, emit_record, quality, realised, skips)
             self._write(stage, emitted, report, folder)
             art.sync(stage)
         shutil.rmtree(self.state, ignore_errors=True)
         return Artifact.open(self.out)
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
-        from carve.budget import make_request, plan_widths
+        from carve.budget import make_request, plan_skips, plan_widths
         from carve.calibration import SiteInputs, hold_back, limit_batches
         from carve.evaluate import Evaluator
         from carve.passbase import Context
@@ -234,16 +239,18 @@ class _Conversion:
         inputs = SiteInputs.collect(
             self.program, layerwise, lambda items: self.progress(items, "calibration")
         )
+        skips = plan_skips(self.program, 0.0 if c.skip == "auto" else float(c.skip))
         return Context(
             layerwise,
             inputs,
             request,
-            plan_widths(self.program, request),
+            plan_widths(self.program, request, skips),
             c.seed,
             self.progress,
             Evaluator(self.program, held_back).loss,
             stream,
             self.state,
+            skips,
         )
 
     def _emit(self, stage: Path, held: Sequence[Batch]) -> tuple[Any, dict[str, Any]]:
@@ -271,6 +278,7 @@ class _Conversion:
         emitted: dict[str, Any],
         quality: dict[str, Any] | None,
         realised: dict[str, float],
+        skips: dict[str, float],
     ) -> dict[str, Any]:
         from carve.passbase import peak_rss_mb
 
@@ -278,6 +286,7 @@ class _Conversion:
         return {
             "budget": {"asked": self.config.budget, "realised": realised["budget"]},
             "ffn_active": realised["ffn_active"],
+            "skip": {"asked": self.config.skip, "realised": realised["skip"], "blocks": skips},
             "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
             "quality": quality,
             "bits": self.config.bits,
@@ -325,47 +334,6 @@ def _head(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tu
         ids, position = (t[:rows, :tokens].contiguous() for t in batch.inputs[:2])
         return (ids, position, *program.empty_cache(len(ids)))
     return tuple(t[:rows] for t in batch.inputs)
-
-
-def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
-    """The budget as held-out tokens really use it: experts counted token by token.
-
-    ``budget``: of the blocks' multiply-accumulates; ``ffn_active``: of the FFNs', routers counted;
-    ``neurons``: of the FFNs' neurons.
-    """
-    from carve.sites import FFNSite
-
-    used: dict[str, float] = {}
-    active: dict[str, float] = {}
-    seen: dict[str, int] = {}
-
-    def count(site: FFNSite, x: Tensor, batch: Batch) -> None:
-        flat = batch.counted(x)  # padding takes experts of its own
-        seen[site.name] = seen.get(site.name, 0) + len(flat)
-        if site.routed is None:
-            neurons, router = site.dense.intermediate_size * len(flat), 0
-        else:
-            r = site.routed
-            chosen = float(r.chosen(flat).sum())
-            neurons = int(r.shared_size * len(flat) + chosen * r.expert_size)
-            router = r.router_macs * len(flat)
-        used[site.name] = used.get(site.name, 0.0) + neurons * _neuron_macs(site) + router
-        active[site.name] = active.get(site.name, 0.0) + neurons
-
-    for batch in batches:
-        program.run(*batch.inputs, observe=partial(count, batch=batch))
-    ffn = sum(used[s.name] / seen[s.name] for s in program.sites)
-    dense_ffn = sum(s.dense.macs for s in program.sites)
-    return {
-        "budget": (program.attention_macs + ffn) / program.dense_macs,
-        "ffn_active": ffn / dense_ffn,
-        "neurons": sum(active[s.name] / seen[s.name] for s in program.sites)
-        / sum(s.dense.intermediate_size for s in program.sites),
-    }
-
-
-def _neuron_macs(site: Any) -> int:
-    return int(site.dense.macs // site.dense.intermediate_size)
 
 
 def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from carve.calibration import Batch
 from carve.executor import Pauses
+from carve.gates import SkipLesson
 from carve.program import Program
-from carve.sites import AtSite, FFNSite
+from carve.sites import AtSite, Block, FFNSite, Gate
 from carve.statistics import weights_of_size
 
 Steps = Generator[AtSite, Tensor, tuple[Tensor, ...]]
@@ -95,3 +96,75 @@ def _lesson(
     stream = gather([a.residual for a in at_dense])
     target = y + stream - gather([a.residual for a in at_routed])
     return Lesson(site, x, target, weights_of_size(stream + y))
+
+
+def walk_blocks(
+    program: Program,
+    batches: Sequence[Batch],
+    blocks: Sequence[Block],
+    always: int,
+    progress: Callable[[Sequence[Block]], Iterator[Block]] = iter,
+) -> Generator[tuple[Block, SkipLesson], Gate | None, None]:
+    """One `carve.gates.SkipLesson` for each of ``blocks`` in order; takes its gate, or None.
+
+    As in `walk`, a dense and a rewritten copy of every batch stand at the same block, so a bridge
+    leads the stream back to the dense one, and a gate that is sent in is heard from there on. The
+    program itself is not changed: the caller sets the gates when the walk is over, for the graph
+    must not change under it. Tokens at positions below ``always`` are in no lesson.
+    """
+    place = program.inputs.index("position_ids")
+    positions = [b.inputs[place] for b in batches]
+    late = [p.reshape(-1) >= always for p in positions]
+
+    def start(pauses: Pauses) -> list[Steps]:
+        return [program.steps(*b.inputs, pauses=pauses, only_first=True) for b in batches]
+
+    dense = start(Pauses(program.sites, blocks, gates=False))
+    other = start(Pauses(after=blocks))
+    answers: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(batches)
+    for block in progress(blocks):
+        with torch.no_grad():
+            pairs = [
+                (
+                    _to_block(d, None if a is None else a[0]),
+                    _to_block(o, None if a is None else a[1]),
+                )
+                for d, o, a in zip(dense, other, answers, strict=True)
+            ]
+        gate = yield block, _skip_lesson(pairs, batches, late)
+        answers = []
+        for (d, o), position in zip(pairs, positions, strict=True):
+            assert d.y is not None
+            assert o.y is not None
+            with torch.no_grad():
+                y = o.y if gate is None else gate(o.y, o.x, position)
+            answers.append((d.y, y))
+
+
+def _to_block(steps: Steps, answer: Tensor | None) -> AtSite:
+    """Go on to the next block; FFNs on the way are the dense ones."""
+    at = next(steps) if answer is None else steps.send(answer)
+    while at.y is None:
+        assert isinstance(at.site, FFNSite)
+        at = steps.send(at.site.dense(at.x))
+    return at
+
+
+def _skip_lesson(
+    pairs: Sequence[tuple[AtSite, AtSite]], batches: Sequence[Batch], late: Sequence[Tensor]
+) -> SkipLesson:
+    def gather(parts: Sequence[Tensor | None]) -> Tensor:
+        rows = []
+        for part, batch, keep in zip(parts, batches, late, strict=True):
+            assert part is not None
+            mask = keep if batch.mask is None else keep & batch.mask.reshape(-1)
+            rows.append(part.reshape(len(mask), -1)[mask].float())
+        return torch.cat(rows)
+
+    x, y = gather([o.x for _, o in pairs]), gather([o.y for _, o in pairs])
+    target = gather([d.y for d, _ in pairs])
+    if pairs[0][0].residual is None:
+        return SkipLesson(x, target, y, weights_of_size(target))
+    stream = gather([d.residual for d, _ in pairs])
+    weight = weights_of_size(stream + target)
+    return SkipLesson(x, target + stream - gather([o.residual for _, o in pairs]), y, weight)

@@ -5,6 +5,7 @@ from carve.passes.carve import Carve, CarveConfig
 from carve.passes.compensate import Compensate, CompensateConfig
 from carve.passes.distill import Distill, DistillConfig
 from carve.passes.finetune import Finetune, FinetuneConfig
+from carve.passes.gate import GateConfig, SkipGates
 from carve.passes.profile import Profile, ProfileConfig
 from carve.passes.refit import Refit, RefitConfig
 from carve.passes.route_analytical import RouteAnalytical, RouteAnalyticalConfig
@@ -21,6 +22,7 @@ __all__ = [
     "DistillConfig",
     "Finetune",
     "FinetuneConfig",
+    "GateConfig",
     "Profile",
     "ProfileConfig",
     "Refit",
@@ -29,4 +31,5 @@ __all__ = [
     "RouteAnalyticalConfig",
     "RouteRidge",
     "RouteRidgeConfig",
+    "SkipGates",
 ]

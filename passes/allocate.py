@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from carve.allocate import Option, allocate
-from carve.budget import Split, choose_split, cost_of
+from carve.budget import Request, Split, choose_split, cost_of, gate_macs, skip_saving
+from carve.calibration import limit_batches
 from carve.errors import UserError
 from carve.ffn import DenseFFN
+from carve.gates import fit_gate, skip_error
 from carve.passbase import Context, ContractError, Pass, need_notes
 from carve.program import Program
-from carve.sites import FFNSite
+from carve.sites import Block, FFNSite, Gate
 from carve.statistics import weights_of_size
+from carve.walk import walk_blocks
+
+MACS = "multiply-accumulates"
 
 
 @dataclass(frozen=True)
@@ -23,27 +28,38 @@ class AllocateConfig:
     """Settings of `Allocate`.
 
     ``policy``: ``measured``, or ``uniform`` to keep the widths that were planned. ``probe``: share
-    of neurons kept where each site's effect on the whole program is measured. ``step``: active
-    shares offered, in steps of it. ``tokens``: calibration tokens for the errors.
+    of neurons kept, and of tokens skipped, where each site's effect on the whole program is
+    measured. ``step``: active shares offered, in steps of it. ``tokens``: calibration tokens for
+    the errors. ``skip``: offer gates on every block but the last layer's, at the rates ``skips``;
+    there ``routing`` is what routing and training leave of a static width's loss and ``joint`` how
+    much more several gates cost than each alone (both as measured on the reference model), so that
+    the two kinds of saving are compared as they end up.
     """
 
     policy: str = "measured"
     probe: float = 0.5
     step: float = 0.05
     tokens: int = 8192
+    skip: bool = False
+    skips: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+    routing: float = 0.6
+    joint: float = 1.5
 
 
 @dataclass(frozen=True)
 class AllocateMetrics:
     """``active``: chosen active share of neurons by site, 1 where it stays dense.
 
-    ``sensitivity``: by site, the program's measured loss at the probe. ``predicted``: sum of the
-    predicted losses of the choice, ``predicted_uniform`` of the uniform one, ``bound`` the
-    solver's lower bound.
+    ``skips``: chosen share of skipped tokens by gated block. ``sensitivity``: by site, the
+    program's measured loss at the probe; ``skip_sensitivity``: the same for gates. ``predicted``:
+    sum of the predicted losses of the choice, ``predicted_uniform`` of the uniform one, ``bound``
+    the solver's lower bound.
     """
 
     active: dict[str, float]
+    skips: dict[str, float]
     sensitivity: dict[str, float]
+    skip_sensitivity: dict[str, float]
     predicted: float
     predicted_uniform: float
     bound: float
@@ -57,7 +73,9 @@ class Allocate(Pass[AllocateConfig]):
     from its ``w`` neurons of largest energy: with ``G`` the covariance of the hidden activations in
     that order and ``G = C C'`` (Cholesky), ``e(w) = |W_d[:, w:] C[w:, w:]|^2``, so one
     factorization gives all widths. ``L_l`` is the whole program's measured loss (KL, or 1 - cosine)
-    with site ``l`` alone reduced to the probe width ``p``. The choice is an integer programme
+    with site ``l`` alone reduced to the probe width ``p``. Where gates are offered, a block that
+    skips a share ``s`` of its tokens adds ``S_l(s)``, found in the same way (`SkipCost`), and an
+    FFN's loss is ``(1 - s) D_l(w) + S_l(s)``. The choice is an integer programme
     (`carve.allocate`).
 
     Static widths stand for routed ones: routing lowers every site's loss by a similar factor, so
@@ -86,33 +104,105 @@ class Allocate(Pass[AllocateConfig]):
             errors[site.name], probe = self.measure(site, program, context)
             sensitivity[site.name] = max(0.0, judge(program, {site.name: probe}))
 
-        def loss(site: FFNSite, split: Split | None) -> float:
+        def narrow(site: FFNSite, split: Split | None) -> float:
             if split is None:
                 return 0.0
             e = errors[site.name]
             at = e[self._probe_size(site)].clamp_min(1e-30)
-            return sensitivity[site.name] * float(e[split.active_size] / at)
+            gain = self.config.routing if self.config.skip else 1.0
+            return gain * sensitivity[site.name] * float(e[split.active_size] / at)
 
-        uniform = sum(loss(s, context.splits[s.name]) for s in program.sites)
+        gates = self._gates(program, context) if self.config.skip else {}
+
+        uniform = sum(narrow(s, context.splits[s.name]) for s in program.sites)
         bound = uniform
         if self.config.policy == "measured":
-            found = allocate(
-                {s.name: self._options(s, loss, context) for s in program.sites},
-                {"multiply-accumulates": context.request.limit},
-            )
-            context.splits.update({name: o.value for name, o in found.chosen.items()})
-            bound = found.bound
-        planned = [(s, context.splits[s.name]) for s in program.sites]
+            bound = self._choose(program, context, narrow, gates)
         return AllocateMetrics(
-            {
-                s.name: 1.0 if p is None else p.active_size / s.dense.intermediate_size
-                for s, p in planned
-            },
+            {s.name: _share(s, context.splits[s.name]) for s in program.sites},
+            dict(context.skips),
             sensitivity,
-            sum(loss(s, p) for s, p in planned),
+            {name: g.sensitivity for name, g in gates.items()},
+            sum(
+                (1.0 - context.skips.get(s.name, 0.0)) * narrow(s, context.splits[s.name])
+                for s in program.sites
+            )
+            + sum(gates[n].loss(r) for n, r in context.skips.items() if n in gates),
             uniform,
             bound,
         )
+
+    def _choose(
+        self,
+        program: Program,
+        context: Context,
+        narrow: Callable[[FFNSite, Split | None], float],
+        gates: Mapping[str, SkipCost],
+    ) -> float:
+        """Solve, and set the context's widths and gates; the solver's bound."""
+        request = context.request
+        limit = request.limit
+
+        def skipping(block: Block, rate: float) -> float:
+            return gates[block.name].loss(rate) if rate and block.name in gates else 0.0
+
+        options: dict[str, list[Option]] = {}
+        for site in program.sites:
+            planned = context.skips.get(site.name, 0.0)
+            rates = (0.0, *self.config.skips) if site.name in gates else (planned,)
+            options[site.name] = [
+                Option(
+                    (1.0 - r) * narrow(site, v)
+                    + (gates[site.name].loss(r) if r and gates else 0.0),
+                    {MACS: cost_of(site, v, request, r)},
+                    (v, r),
+                )
+                for r in rates
+                for v in self._widths(site, request)
+            ]
+        if request.count_routers and not gates:
+            limit += skip_saving(program, context.skips)
+        for block in program.attention if request.count_routers else ():
+            if block.name in gates:
+                limit += block.query_macs
+                options[block.name] = [
+                    Option(
+                        skipping(block, r),
+                        {MACS: block.query_macs * (1.0 - r) + (gate_macs(block) if r else 0)},
+                        (None, r),
+                    )
+                    for r in (0.0, *self.config.skips)
+                ]
+        found = allocate(options, {MACS: limit})
+        for name, option in found.chosen.items():
+            split, rate = option.value
+            if name in context.splits:
+                context.splits[name] = split
+            if rate:
+                context.skips[name] = rate
+        return found.bound
+
+    def _gates(self, program: Program, context: Context) -> dict[str, SkipCost]:
+        """By block, what gates cost; the program is measured with each alone."""
+        judge = context.judge
+        assert judge is not None
+        last = {program.sites[-1].name, *(a.name for a in program.attention[-1:])}
+        blocks = [b for b in program.blocks if b.name not in last]
+        batches = limit_batches(context.batches, self.config.tokens)
+        gates: dict[str, tuple[Gate, Tensor]] = {}
+        steps = walk_blocks(program, batches, blocks, 2)
+        for block, lesson in steps:
+            gate = fit_gate(lesson, self.config.probe)
+            order = gate.scores(lesson.x).argsort()
+            gates[block.name] = gate, skip_error(gate, lesson)[order].cumsum(0)
+        found: dict[str, SkipCost] = {}
+        for block in context.progress(blocks, f"{self.name} gates"):
+            gate, error = gates[block.name]
+            program.set_gate(block, gate)
+            cost = self.config.joint * max(0.0, judge(program))
+            found[block.name] = SkipCost(cost, gate.skip, error)
+            program.set_gate(block, None)
+        return found
 
     def _probe_size(self, site: FFNSite) -> int:
         return max(1, round(self.config.probe * site.dense.intermediate_size))
@@ -146,11 +236,8 @@ class Allocate(Pass[AllocateConfig]):
             bias = bias + site.dense.down_bias.float()
         return tail, narrowed(site.dense, kept, new, bias) if len(dropped) else site.dense
 
-    def _options(
-        self, site: FFNSite, loss: Callable[[FFNSite, Split | None], float], context: Context
-    ) -> list[Option]:
+    def _widths(self, site: FFNSite, request: Request) -> list[Split | None]:
         """Dense, and the best split for every share."""
-        request = context.request
         values: list[Split | None] = [None]
         for i in range(1, round(1 / self.config.step)):
             try:
@@ -159,10 +246,32 @@ class Allocate(Pass[AllocateConfig]):
                 continue
             if split not in values:
                 values.append(split)
-        return [
-            Option(loss(site, v), {"multiply-accumulates": cost_of(site, v, request)}, v)
-            for v in values
-        ]
+        return values
+
+
+def _share(site: FFNSite, split: Split | None) -> float:
+    return 1.0 if split is None else split.active_size / site.dense.intermediate_size
+
+
+@dataclass(frozen=True)
+class SkipCost:
+    """What a gate on one block costs the program.
+
+    ``sensitivity``: the measured loss where a share ``probe`` of the tokens is skipped; ``error``:
+    ``[T]`` squared error added by skipping the ``t`` tokens of lowest score.
+    """
+
+    sensitivity: float
+    probe: float
+    error: Tensor
+
+    def loss(self, rate: float) -> float:
+        """``L e(rate) / e(probe)``."""
+
+        def at(share: float) -> float:
+            return float(self.error[max(0, round(share * len(self.error)) - 1)])
+
+        return self.sensitivity * at(rate) / max(at(self.probe), 1e-30)
 
 
 def narrowed(dense: DenseFFN, kept: Tensor, down: Tensor, bias: Tensor) -> DenseFFN:

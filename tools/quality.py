@@ -43,8 +43,8 @@ from carve.capture import capture_checkpoint
 from carve.dialect import linear, select
 from carve.evaluate import Evaluator, as_dict
 from carve.passbase import Context, Pass, PassManager
-from carve.pipeline import realised_share
 from carve.program import Program
+from carve.realised import realised_share
 from carve.report import table
 from carve.sites import FFN, FFNSite
 from carve.statistics import expert_energy

@@ -1,0 +1,110 @@
+"""What held-out tokens really use of a program: experts and gates counted token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from carve.calibration import Batch
+from carve.executor import Pauses
+from carve.program import Program
+from carve.sites import AtSite, Block, FFNSite
+
+
+class Use:
+    """Sums over tokens; ``block`` results are shares or counts a token."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.macs = {b.name: 0.0 for b in program.blocks}
+        self.neurons = {s.name: 0.0 for s in program.sites}
+        self.runs = {b.name: 0.0 for b in program.blocks}
+        self.late = dict(self.runs)
+        self.seen = dict(self.runs)
+
+    def add(self, batch: Batch) -> None:
+        """Run a batch and count."""
+        p = self.program
+        steps = p.steps(*batch.inputs, pauses=Pauses(after=p.blocks), only_first=True)
+        with torch.no_grad():
+            try:
+                at = next(steps)
+                while True:
+                    at = steps.send(self._count(at, batch))
+            except StopIteration:
+                return
+
+    def _count(self, at: AtSite, batch: Batch) -> Tensor:
+        block, y = at.site, at.y
+        assert y is not None
+        x = batch.counted(at.x)  # padding takes experts of its own
+        running = torch.ones(len(x), dtype=torch.bool)
+        if block.gate is not None:
+            position = batch.inputs[self.program.inputs.index("position_ids")]
+            late = batch.counted(position[..., None]).squeeze(1) >= block.gate.always
+            running = (block.gate.scores(x) > 0) | ~late
+            self.late[block.name] += int(late.sum())
+            self.macs[block.name] += block.gate.macs * len(x)
+            y = block.gate(y, at.x, position)
+        self.seen[block.name] += len(x)
+        self.runs[block.name] += int(running.sum())
+        self.macs[block.name] += self._cost(block, x[running])
+        return y
+
+    def _cost(self, block: Block, x: Tensor) -> float:
+        if not isinstance(block, FFNSite):
+            return float(block.skippable_macs * len(x))
+        each = block.dense.macs // block.dense.intermediate_size
+        r = block.routed
+        if r is None:
+            neurons, router = float(block.dense.intermediate_size * len(x)), 0
+        else:
+            chosen = float(r.chosen(x).sum()) if len(x) else 0.0
+            neurons = r.shared_size * len(x) + chosen * r.expert_size
+            router = r.router_macs * len(x)
+        self.neurons[block.name] += neurons
+        return neurons * each + router
+
+
+def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
+    """The budget as held-out tokens really use it.
+
+    ``budget``: of the blocks' multiply-accumulates; ``ffn_active``: of the FFNs', routers and gates
+    counted; ``neurons``: of the FFNs' neurons; ``skip``: share of the gated blocks' tokens that
+    skipped, of those that may.
+    """
+    use = _use(program, batches)
+    per_token = {n: m / max(1.0, use.seen[n]) for n, m in use.macs.items()}
+    ffn = sum(per_token[s.name] for s in program.sites)
+    attention = program.attention_macs + sum(
+        per_token[a.name] - a.query_macs for a in program.attention
+    )
+    neurons = sum(use.neurons[s.name] / max(1.0, use.seen[s.name]) for s in program.sites)
+    gated = _skips(use)
+    return {
+        "budget": (attention + ffn) / program.dense_macs,
+        "ffn_active": ffn / sum(s.dense.macs for s in program.sites),
+        "neurons": neurons / sum(s.dense.intermediate_size for s in program.sites),
+        "skip": sum(gated.values()) / max(1, len(gated)),
+    }
+
+
+def realised_skips(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
+    """By gated block, the share of tokens that skipped, of those that may."""
+    return _skips(_use(program, batches))
+
+
+def _use(program: Program, batches: Sequence[Batch]) -> Use:
+    use = Use(program)
+    for batch in batches:
+        use.add(batch)
+    return use
+
+
+def _skips(use: Use) -> dict[str, float]:
+    return {
+        b.name: (use.seen[b.name] - use.runs[b.name]) / max(1.0, use.late[b.name])
+        for b in use.program.gated
+    }
