@@ -120,13 +120,15 @@ def plan_skips(program: Program, rate: float) -> dict[str, float]:
     if program.kind != "decoder":
         raise UserError("skip", "gates need a causal decoder", "convert without --skip")
 
-    def deep(blocks: Sequence[Block]) -> Sequence[Block]:
-        return blocks[len(blocks) // 2 : -1]
+    def deep(blocks: Sequence[Block]) -> list[Block]:
+        return [b for b in blocks[len(blocks) // 2 : -1] if b.gateable]
 
     names = {b.name for b in (*deep(program.attention), *deep(program.sites))}
     if not names:
         raise UserError(
-            "skip", f"{len(program.sites)} layers leave none to skip", "convert without --skip"
+            "skip",
+            f"none of {len(program.sites)} layers can be skipped",
+            "gates need at least four layers with results [batch, length, width]",
         )
     return dict.fromkeys([b.name for b in program.blocks if b.name in names], rate)
 

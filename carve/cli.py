@@ -66,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--top-p", type=float, default=1.0)
     c.add_argument("--seed", type=int)
     c.add_argument("--threads", type=int)
+    c.add_argument(
+        "--gates",
+        choices=("token", "sequence", "off"),
+        default="token",
+        help="who decides what is skipped: every token (default), the prompt, or nobody",
+    )
+    c.add_argument("--stats", action="store_true", help="what the skip gates really skipped")
 
     c = command("eval", "quality of an artifact beside its dense original, in its own engine")
     c.add_argument("artifact")
@@ -218,6 +225,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        gates=args.gates,
+        stats=args.stats,
     )
     while True:
         try:
@@ -234,7 +243,13 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             f"{len(done.token_ids)} tokens, first after {done.first_token_s:.2f} s, "
             f"{done.tokens_per_s:.1f} tokens/s\n"
         )
+    stats = done.gate_stats
+    if stats is not None and not args.json:
+        from carve.report import gate_table
+
+        sys.stderr.write(gate_table(stats.as_dict()) + "\n")
     return {
+        **({} if stats is None else {"gates": stats.as_dict()}),
         "text": done.text,
         "tokens": len(done.token_ids),
         "tokens_per_s": done.tokens_per_s,

@@ -361,6 +361,7 @@ def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> di
             "num_key_value_heads": key.shape[1],
             "head_dim": key.shape[3],
             "shared_cache": shared_cache,
+            "gates": [{"name": b.name, "skip": b.gate.skip} for b in program.gated if b.gate],
         }
     elif folder is not None:
         pooling = folder / "1_Pooling" / "config.json"

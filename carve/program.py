@@ -159,7 +159,8 @@ class Program:
         """Let ``gate`` choose which tokens run through the block; None takes its gate away.
 
         Raises:
-            ValueError: the program has no positions, which a gate needs (only decoders have).
+            ValueError: the program has no positions, which a gate needs (only decoders have), or
+                the block mixes rows and positions.
         """
         if block.gate_node is not None:
             block.gate_node.replace_all_uses_with(block.output)
@@ -168,8 +169,8 @@ class Program:
             self.clean()
         if gate is None:
             return
-        if "position_ids" not in self.inputs:
-            raise ValueError("a gate needs a program with position_ids")
+        if "position_ids" not in self.inputs or not block.gateable:
+            raise ValueError(f"{block.name}: a gate needs positions, and [batch, length, width]")
         inputs = self.module.graph.find_nodes(op="placeholder")
         position = inputs[self.inputs.index("position_ids")]
         call = self._insert(block, "_gate", torch.ops.carve.gated.default, gate.tensors())

@@ -137,3 +137,21 @@ def bench_table(result: dict[str, Any]) -> str:
         f"{result['prefill_tokens']} tokens"
     )
     return f"{table(rows)}\n{notes}"
+
+
+def gate_table(stats: dict[str, Any], width: int = 16) -> str:
+    """What gates skipped: by block, then by position in spans of ``width`` tokens."""
+    if not stats["blocks"]:
+        return "this model has no skip gates"
+    rows = [["gated block", "asked", "skipped"]]
+    for name, each in stats["blocks"].items():
+        rows.append([name, f"{each['asked']:.3f}", f"{each['skipped']:.3f}"])
+    spans = [["positions", "skipped"]]
+    values = stats["by_position"]
+    for at in range(0, len(values), width):
+        part = values[at : at + width]
+        spans.append([f"{at} to {at + len(part) - 1}", f"{sum(part) / len(part):.3f}"])
+    return (
+        f"{table(rows)}\n\n{table(spans)}\n"
+        f"prompt {stats['prompt']:.3f}, generated {stats['generated']:.3f}"
+    )

@@ -94,6 +94,12 @@ class Block:
         return None
 
     @property
+    def gateable(self) -> bool:
+        """Whether input and result are ``[B, S, d]``: a gate has to know each token's position."""
+        values = [n.meta.get("val") for n in (self.input, self.output)]
+        return all(isinstance(v, Tensor) and v.ndim == 3 for v in values)
+
+    @property
     def skippable_macs(self) -> int:
         """Multiply-accumulates a token that a gate may save, as the block stands."""
         raise NotImplementedError

@@ -187,7 +187,7 @@ class Allocate(Pass[AllocateConfig]):
         judge = context.judge
         assert judge is not None
         last = {program.sites[-1].name, *(a.name for a in program.attention[-1:])}
-        blocks = [b for b in program.blocks if b.name not in last]
+        blocks = [b for b in program.blocks if b.name not in last and b.gateable]
         batches = limit_batches(context.batches, self.config.tokens)
         gates: dict[str, tuple[Gate, Tensor]] = {}
         steps = walk_blocks(program, batches, blocks, 2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from carve.emit.builder import CONTRIB, Builder
+from carve.emit.gates import Rows
 from carve.emit.graph import given, produced, replace, replace_uses, value_of
 
 _MAX_TABLE_BYTES = 16 << 20
@@ -35,12 +36,13 @@ class Heads:
 
 
 @dataclass
-class _Packed:
-    """Query, key and value as one product, rotated inside the attention operator."""
+class _Inputs:
+    """Query, key and value, all in the first where they are one product, not yet rotated."""
 
     query: Any
-    cos: Any
-    sin: Any
+    key: Any
+    value: Any
+    rotation: tuple[Any, Any]
 
 
 def _is_head_swap(node: ir.Node | None) -> bool:
@@ -168,10 +170,8 @@ class RotaryTables:
         return [t[0] for t in session.run(None, {"position_ids": position})]
 
 
-def _pack(
-    b: Builder, node: ir.Node, weights: dict[str, Tensor], tables: RotaryTables
-) -> _Packed | None:
-    """One product for query, key and value with the rotation left to the operator.
+def _separable(node: ir.Node, tables: RotaryTables) -> tuple[list[ir.Node], tuple[Any, Any]] | None:
+    """The linears of query, key and value, and cosines and sines to rotate inside the operator.
 
     None where they do not come from linears of one input with one rotary embedding.
     """
@@ -194,17 +194,44 @@ def _pack(
         )
         for r in (q_rotary, k_rotary)
     )
+    rotation = tables.of(q_rotary) if plain else None
+    return None if rotation is None else ([q, k, v], rotation)
+
+
+def _pack(
+    b: Builder, node: ir.Node, weights: dict[str, Tensor], tables: RotaryTables
+) -> _Inputs | None:
+    """One product for query, key and value with the rotation left to the operator, if it can."""
+    found = _separable(node, tables)
+    if found is None:
+        return None
+    (q, k, v), rotation = found
     pairs = [linear_weights(n, weights) for n in (q, k, v)]
     biases = [p[1] for p in pairs if p[1] is not None]
-    rotation = tables.of(q_rotary) if plain and len(biases) in (0, 3) else None
-    if rotation is None:
+    if len(biases) not in (0, 3):
         return None
     name = linear_name(q).rpartition(".")[0] + ".qkv"
     weight = torch.cat([p[0] for p in pairs])
-    x = given(q.inputs[0])
-    return _Packed(
-        b.linear(node, x, name, weight, torch.cat(biases) if biases else None), *rotation
-    )
+    bias = torch.cat(biases) if biases else None
+    packed = b.linear(node, given(q.inputs[0]), name, weight, bias)
+    return _Inputs(packed, None, None, rotation)
+
+
+def _gated_inputs(
+    b: Builder, node: ir.Node, weights: dict[str, Tensor], tables: RotaryTables, rows: Rows
+) -> _Inputs | None:
+    """Keys and values of all tokens, queries of the running ones, if they come from linears."""
+    found = _separable(node, tables)
+    if found is None:
+        return None
+    (q, k, v), rotation = found
+    values = []
+    for linear in (q, k, v):
+        weight, bias = linear_weights(linear, weights)
+        x = rows.x if linear is q else given(linear.inputs[0])
+        y = b.linear(node, x, linear_name(linear), weight, bias)
+        values.append(rows.spread(node, y, len(weight)) if linear is q else y)
+    return _Inputs(values[0], values[1], values[2], rotation)
 
 
 def linear_name(linear: ir.Node) -> str:
@@ -220,22 +247,32 @@ def lower_attention(
     heads: Heads,
     weights: dict[str, Tensor],
     tables: RotaryTables,
-) -> None:
-    """The dialect's attention as ``GroupQueryAttention``: past and present may share a buffer."""
+    rows: Rows | None = None,
+) -> ir.Node:
+    """The dialect's attention as ``GroupQueryAttention``: past and present may share a buffer.
+
+    With ``rows`` a gate stands before it: only these tokens' queries are computed, where queries
+    come from a linear of their own input.
+    """
     q, k, v, past_key, past_value = (given(i) for i in node.inputs)
     window = node.attributes["window"].as_int()
-    packed = _pack(b, node, weights, tables)
-    if packed is not None:
-        inputs: list[Any] = [packed.query, None, None]
+    if rows is None:
+        made = _pack(b, node, weights, tables)
+    else:
+        made = _gated_inputs(b, node, weights, tables, rows)
+    if made is not None:
+        inputs: list[Any] = [made.query, made.key, made.value]
     else:
         inputs = [
             _flat_heads(b, node, q, heads.query, heads.width),
             _flat_heads(b, node, k, heads.key_value, heads.width),
             _flat_heads(b, node, v, heads.key_value, heads.width),
         ]
+        if rows is not None:
+            inputs[0] = rows.tie(node, inputs[0])
     inputs += [past_key, past_value, lengths.last, lengths.total]
-    if packed is not None:
-        inputs += [packed.cos, packed.sin]
+    if made is not None:
+        inputs += [*made.rotation]
     out, key, value = b.op(
         node,
         "GroupQueryAttention",
@@ -247,7 +284,7 @@ def lower_attention(
         scale=node.attributes["scale"].as_float(),
         softcap=node.attributes["softcap"].as_float(),
         local_window_size=window if window > 0 else -1,
-        do_rotary=int(packed is not None),
+        do_rotary=int(made is not None),
     )
     # The usual consumer is Transpose then Reshape back to [B, S, H * D]: that is what `out` is.
     for use in list(node.outputs[0].uses()):
@@ -264,6 +301,8 @@ def lower_attention(
     four = b.op(node, "Reshape", [out, shape])
     four = b.op(node, "Transpose", [four], perm=[0, 2, 1, 3])
     replace(node, [four, key, value])
+    operator: ir.Node = key.producer()
+    return operator
 
 
 def attention_lengths(b: Builder, model: ir.Model, at: ir.Node) -> Lengths:

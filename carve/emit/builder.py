@@ -15,6 +15,10 @@ from carve.errors import CarveError
 CONTRIB = "com.microsoft"
 
 
+Place = ir.Node | list[ir.Node]
+"""Where a node goes: before a node of the graph, or to the end of a branch."""
+
+
 def lazy_float(name: str, value: Tensor) -> ir.LazyTensor:
     """``value`` in fp32, converted when it is written."""
     return ir.LazyTensor(
@@ -31,11 +35,11 @@ class Builder:
     def __init__(self, model: ir.Model, bits: int) -> None:
         self.graph, self.bits = model.graph, bits
         self.count = 0
-        self.ones: dict[int, Any] = {}
+        self.ones: dict[tuple[int, ir.Value | None], Any] = {}
 
     def op(
         self,
-        before: ir.Node,
+        before: Place,
         kind: str,
         inputs: list[ir.Value | None],
         *,
@@ -43,7 +47,7 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> Any:
-        """One node inserted before ``before``; its value, or its values when there are several."""
+        """One node before ``before``, or at a branch's end; its value, or values where several."""
         self.count += 1
         node = ir.Node(
             domain,
@@ -55,7 +59,10 @@ class Builder:
         )
         for i, v in enumerate(node.outputs):
             v.name = f"carve_{kind}_{self.count}_{i}"
-        before.prepend(node)
+        if isinstance(before, list):
+            before.append(node)
+        else:
+            before.prepend(node)
         return node.outputs[0] if outputs == 1 else node.outputs
 
     def tensor(
@@ -112,7 +119,7 @@ class Builder:
         return levels, scales
 
     def linear(
-        self, before: ir.Node, x: ir.Value, name: str, weight: Tensor, bias: Tensor | None
+        self, before: Place, x: ir.Value, name: str, weight: Tensor, bias: Tensor | None
     ) -> Any:
         """``x @ weight.T + bias`` at the model's width."""
         n, k = weight.shape
@@ -141,15 +148,20 @@ class Builder:
             y = self.op(before, "Add", [y, self.float_tensor(f"{name}.bias", bias)])
         return y
 
-    def ones_like(self, before: ir.Node, scores: Any, experts: int) -> Any:
-        """Ones in the shape ``[n, experts]``, made once: ``n`` is the same at every layer."""
-        if experts not in self.ones:
+    def ones_like(
+        self, before: Place, scores: Any, experts: int, rows: ir.Value | None = None
+    ) -> Any:
+        """Ones in the shape ``[n, experts]``, made once: ``n`` is the same at every layer.
+
+        Not so behind a gate: ``rows`` are the tokens that run there.
+        """
+        if (experts, rows) not in self.ones:
             one = ir.Tensor(np.ones(1, np.float32))
             shape = self.op(before, "Shape", [scores])
-            self.ones[experts] = self.op(before, "ConstantOfShape", [shape], value=one)
-        return self.ones[experts]
+            self.ones[experts, rows] = self.op(before, "ConstantOfShape", [shape], value=one)
+        return self.ones[experts, rows]
 
-    def activate(self, before: ir.Node, x: Any, name: str) -> Any:
+    def activate(self, before: Place, x: Any, name: str) -> Any:
         """An activation by its name in the dialect.
 
         Raises:

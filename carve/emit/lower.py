@@ -20,6 +20,7 @@ from carve.emit.attention import (
     lower_attention,
 )
 from carve.emit.builder import CONTRIB, Builder, lazy_float
+from carve.emit.gates import GateLowering
 from carve.emit.graph import given, produced, replace
 from carve.emit.skeleton import DOMAIN
 from carve.errors import CarveError
@@ -81,7 +82,15 @@ def _shared(b: Builder, at: ir.Node, x: Any, name: str, r: RoutedFFN) -> Any:
     return b.linear(at, h, f"{name}.shared.down", r.shared_down, r.output_bias)
 
 
-def _fused_experts(b: Builder, at: ir.Node, x: Any, scores: Any, name: str, r: RoutedFFN) -> Any:
+def _fused_experts(
+    b: Builder,
+    at: ir.Node,
+    x: Any,
+    scores: Any,
+    name: str,
+    r: RoutedFFN,
+    rows: ir.Value | None,
+) -> Any:
     """The routed experts as one ``QMoE`` node; ``x`` is ``[..., d]``, every weight exactly 1."""
     e, m, d = r.expert_up.shape
     gated = r.expert_gate is not None
@@ -114,7 +123,7 @@ def _fused_experts(b: Builder, at: ir.Node, x: Any, scores: Any, name: str, r: R
         second_bias,
         *[None] * 6,
         # Routes of weight 0 are skipped by the kernel, which makes k dynamic.
-        _positive(b, at, scores) if r.dynamic else b.ones_like(at, scores, e),
+        _positive(b, at, scores) if r.dynamic else b.ones_like(at, scores, e, rows),
     ]
     return b.op(
         at,
@@ -185,13 +194,16 @@ def _fusable(r: RoutedFFN, bits: int) -> bool:
     return bits < 16 and known and all(w % pack.BLOCK == 0 for w in widths)
 
 
-def _lower_routed(b: Builder, node: ir.Node, name: str, r: RoutedFFN) -> None:
+def _lower_routed(
+    b: Builder, node: ir.Node, name: str, r: RoutedFFN, rows: ir.Value | None
+) -> None:
+    """One routed FFN; ``rows`` are its inputs where a gate stands before it."""
     d = r.expert_up.shape[-1]
     x = node.inputs[0]
     flat = b.op(node, "Reshape", [x, b.const(f"carve_rows{d}", np.array([-1, d]))])
     scores = _router(b, node, flat, name, r)
     if _fusable(r, b.bits):
-        y = _fused_experts(b, node, x, scores, name, r)
+        y = _fused_experts(b, node, x, scores, name, r, rows)
         shared = _shared(b, node, x, name, r)
         replace(node, [y if shared is None else b.op(node, "Add", [shared, y])])
         return
@@ -236,30 +248,42 @@ def lower(model: ir.Model, weights: dict[str, Tensor], program: Program, bits: i
     # Equal cosines and sines become one value, which tells equal rotary embeddings.
     onnx_passes.CommonSubexpressionEliminationPass()(model)
     placeholders: dict[str, list[ir.Node]] = {
-        kind: [] for kind in ("Attention", "RoutedFFN", "Linear")
+        kind: [] for kind in ("Attention", "RoutedFFN", "Linear", "Gated")
     }
     for node in graph:
         if node.domain == DOMAIN:
             placeholders[node.op_type].append(node)
+    gates = GateLowering(b, program, placeholders["Gated"])
+    gates.open_ffns()
+    operators: dict[int, ir.Node] = {}
     if placeholders["Attention"]:
         lengths = attention_lengths(b, model, graph[0])
         _, kv, _, width = program.example[2].shape
         tables = RotaryTables(b, program.max_length, width)
+        gated = gates.attention()
         for node in placeholders["Attention"]:
             count = int(given(node.inputs[0]).shape[1])  # type: ignore[index, arg-type]
-            lower_attention(b, node, lengths, Heads(count, kv, width), weights, tables)
+            rows, block, output = gated.get(node, (None, None, None))
+            heads = Heads(count, kv, width)
+            operator = lower_attention(b, node, lengths, heads, weights, tables, rows)
+            if rows is not None and block is not None and output is not None:
+                output.replace_input_with(0, rows.take(output, given(output.inputs[0])))
+                operators[block] = operator
         onnx_passes.RemoveUnusedNodesPass()(model)
     for node in placeholders["RoutedFFN"]:
-        site = program.sites[node.attributes["site"].as_int()]
+        index = node.attributes["site"].as_int()
+        site = program.sites[index]
         if site.routed is None:
             raise CarveError("emit", f"{site.name}: a routed placeholder without routed weights")
-        _lower_routed(b, node, site.name, site.routed)
+        rows_of = None if site.gate is None else node.inputs[0]
+        _lower_routed(b, node, site.name, site.routed, rows_of)
     for node in placeholders["Linear"]:
         if node.graph is None:  # packed with its neighbours
             continue
         weight, bias = linear_weights(node, weights)
         x = given(node.inputs[0])
         replace(node, [b.linear(node, x, linear_name(node), weight, bias)])
+    gates.close(operators)
     _fuse_norms(b)
     onnx_passes.CommonSubexpressionEliminationPass()(model)
     onnx_passes.RemoveUnusedNodesPass()(model)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as onnx_passes
 
@@ -50,6 +49,5 @@ def emit(program: Program, path: Path, bits: int) -> Emitted:
         onnx_passes.TopologicalSortPass()(model)
         model.ir_version = min(model.ir_version or 10, 11)
         ir.save(model, str(path), external_data=path.name + ".data", size_threshold_bytes=256)
-    proto = onnx.load(str(path), load_external_data=False)
-    shared = any(n.op_type == "GroupQueryAttention" for n in proto.graph.node)
+    shared = any(n.op_type == "GroupQueryAttention" for n in model.graph.all_nodes())
     return Emitted(path, bits, shared)

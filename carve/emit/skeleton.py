@@ -57,11 +57,17 @@ _ATTENTION = _schema(
     },
 )
 
+_GATED = _schema("Gated", ["y", "x"], 1, {"block": OpSchema.AttrType.INT})
+
 _LIB = torch.library.Library("carve_emit", "DEF")
 _LIB.define("site(Tensor x, int site) -> Tensor")
 _LIB.impl("site", lambda x, site: torch.empty_like(x), "CompositeExplicitAutograd")
 torch.library.register_fake("carve_emit::site")(lambda x, site: torch.empty_like(x))
 _SITE_OP = torch.ops.carve_emit.site.default
+_LIB.define("gate(Tensor y, Tensor x, int block) -> Tensor")
+_LIB.impl("gate", lambda y, x, block: torch.empty_like(y), "CompositeExplicitAutograd")
+torch.library.register_fake("carve_emit::gate")(lambda y, x, block: torch.empty_like(y))
+_GATE_OP = torch.ops.carve_emit.gate.default
 
 
 def _translate_linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -78,8 +84,12 @@ def _translate_site(x: Any, site: int) -> Any:
     return _SITE(x, site=site)
 
 
+def _translate_gate(y: Any, x: Any, block: int) -> Any:
+    return _GATED(y, x, block=block)
+
+
 def _stand_in(program: Program) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    """The program's graph with placeholders for routed FFNs and for large weights.
+    """The program's graph with placeholders for routed FFNs, gates and large weights.
 
     A weight that only linears and embedding look-ups read becomes an fp32 stand-in without memory,
     filled with a number of its own so that nothing downstream takes two of them for the same.
@@ -88,9 +98,13 @@ def _stand_in(program: Program) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     by_output = {s.output: i for i, s in enumerate(program.sites) if s.routed is not None}
+    by_gate = {b.gate_node: i for i, b in enumerate(program.blocks) if b.gate_node is not None}
     for n in program.module.graph.nodes:
         if n in by_output:
             env[n] = graph.call_function(_SITE_OP, (env[n.args[0]], by_output[n]))
+            env[n].meta = dict(n.meta)
+        elif n in by_gate:
+            env[n] = graph.call_function(_GATE_OP, (env[n.args[0]], env[n.args[1]], by_gate[n]))
             env[n].meta = dict(n.meta)
         else:
             env[n] = graph.node_copy(n, env.__getitem__)
@@ -157,6 +171,7 @@ def skeleton(program: Program) -> tuple[ir.Model, dict[str, Tensor]]:
                     _LINEAR_OP: _translate_linear,
                     torch.ops.carve.attention.default: _translate_attention,
                     _SITE_OP: _translate_site,
+                    _GATE_OP: _translate_gate,
                 },
                 input_names=program.inputs,
                 output_names=program.outputs,

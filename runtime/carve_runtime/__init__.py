@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from carve_runtime.decoder import Session
 from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
-from carve_runtime.manifest import Manifest, ModelInfo, Target, read_manifest
+from carve_runtime.gates import GateStats
+from carve_runtime.manifest import GateInfo, Manifest, ModelInfo, Target, read_manifest
 from carve_runtime.model import Generation, Model, load
 from carve_runtime.sampling import Sampler
 
@@ -13,6 +14,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "CarveRuntimeError",
+    "GateInfo",
+    "GateStats",
     "Generation",
     "Manifest",
     "Model",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from carve_runtime.engine import Engine, value
 from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.gates import SCORES, SHIFT, Gates, GateStats
 from carve_runtime.manifest import ModelInfo
 
 _FIRST_CAPACITY = 256
@@ -42,6 +43,13 @@ def check_decoder(engine: Engine, info: ModelInfo) -> None:
         for ports, name in ((engine.inputs, past), (engine.outputs, present)):
             if name not in ports or not ports[name].is_float32(*cache):
                 raise refuse(f"{name} must be float32 with shape {cache}")
+    scores = engine.outputs.get(SCORES)
+    if info.gates and (
+        scores is None
+        or SHIFT not in engine.optional
+        or not scores.is_float32(None, None, len(info.gates))
+    ):
+        raise refuse(f"{len(info.gates)} gates need {SHIFT} and {SCORES}")
     if engine.inputs.keys() - known:
         raise refuse(f"unknown inputs {sorted(engine.inputs.keys() - known)}")
 
@@ -59,10 +67,23 @@ class Session:
     """One sequence being decoded, with a cache of its own.
 
     Sessions of one model may run in different threads at once; one session may not.
+
+    Args:
+        engine: the model.
+        info: what the manifest says of it.
+        gates: see `carve_runtime.gates.Gates`.
+        stats: keep what the gates skip, see `gate_stats`; mode ``sequence`` does so by itself.
+
+    Raises:
+        RequestError: ``argument`` for an unknown mode of the gates.
     """
 
-    def __init__(self, engine: Engine, info: ModelInfo) -> None:
+    def __init__(
+        self, engine: Engine, info: ModelInfo, *, gates: str = "token", stats: bool = False
+    ) -> None:
         self._engine, self._info = engine, info
+        self._gates = Gates(info.gates, gates)
+        self._watch = bool(self._gates) and (stats or gates == "sequence")
         self._names = cache_names(info)
         self._length = 0
         self._capacity = 0
@@ -70,6 +91,11 @@ class Session:
         self._buffers = [empty] * len(self._names)  # shared cache: past and present at once
         self._values = [value(empty)] * len(self._names)  # growing cache: the latest present
         self._binding: Any = engine.binding()
+
+    @property
+    def gate_stats(self) -> GateStats:
+        """What the gates skipped; empty where the session was not asked to keep it."""
+        return self._gates.stats()
 
     @property
     def length(self) -> int:
@@ -98,12 +124,13 @@ class Session:
                 f"{total} tokens do not fit the model's context of {self._info.max_length}",
                 "shorten the prompt",
             )
-        feeds = {
+        feeds: dict[str, NDArray[Any]] = {
             "input_ids": tokens[None],
             "attention_mask": np.ones((1, total), np.int64),
             "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
         }
         feeds = {name: array for name, array in feeds.items() if name in self._engine.inputs}
+        feeds.update(self._gates.feeds())
         if self._info.shared_cache:
             logits = self._step_shared(feeds, tokens.size, total)
         else:
@@ -112,16 +139,21 @@ class Session:
         row: NDArray[np.float32] = logits[0]
         return row
 
-    def _step_growing(self, feeds: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    def _step_growing(self, feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         values = {name: value(array) for name, array in feeds.items()}
         pasts = {past: v for (past, _), v in zip(self._names, self._values, strict=True)}
         outputs = ["logits", *(present for _, present in self._names)]
-        logits, *self._values = self._engine.run_values(outputs, values | pasts)
+        if self._watch:
+            outputs.append(SCORES)
+        logits, *rest = self._engine.run_values(outputs, values | pasts)
+        if self._watch:
+            self._gates.seen(rest.pop().numpy())
+        self._values = rest
         array: NDArray[np.float32] = logits.numpy()
         return array
 
     def _step_shared(
-        self, feeds: dict[str, NDArray[np.int64]], steps: int, total: int
+        self, feeds: dict[str, NDArray[Any]], steps: int, total: int
     ) -> NDArray[np.float32]:
         if total > self._capacity:
             self._grow(total)
@@ -131,7 +163,12 @@ class Session:
         # A fresh array each step: the caller may keep it.
         logits = np.empty((1, steps, self._info.vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", value(logits))
+        if self._watch:
+            scores = np.empty((1, steps, len(self._info.gates)), np.float32)
+            binding.bind_ortvalue_output(SCORES, value(scores))
         self._engine.run_bound(binding, shrink=steps >= _SHRINK_FROM)
+        if self._watch:
+            self._gates.seen(scores)
         return logits
 
     def _grow(self, total: int) -> None:

@@ -87,6 +87,8 @@ class Engine:
             ) from error
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
+        # Inputs with a value of their own, which need not be fed.
+        self.optional = _ports(self._session.get_overridable_initializers())
         # A long prefill leaves activations in the arena that later steps never fill again.
         self._shrink = ort.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

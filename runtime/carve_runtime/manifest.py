@@ -29,6 +29,14 @@ Pooling = Literal["mean", "cls"]
 
 
 @dataclass(frozen=True, slots=True)
+class GateInfo:
+    """A block that tokens may pass round, and the share of tokens it was calibrated to skip."""
+
+    name: str
+    skip: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the runtime must know of the model; a count that does not apply is 0."""
 
@@ -42,6 +50,7 @@ class ModelInfo:
     shared_cache: bool
     pooling: Pooling | None
     normalize: bool
+    gates: tuple[GateInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +153,24 @@ def _model_info(raw: Mapping[str, Any], kind: Kind) -> ModelInfo:
         shared_cache=flag("shared_cache"),
         pooling=cast("Pooling | None", pooling),
         normalize=flag("normalize"),
+        gates=_gates(raw.get("gates")),
     )
+
+
+def _gates(raw: object) -> tuple[GateInfo, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list):
+        raise _bad("'gates' must be a list")
+    found = []
+    for item in raw:
+        name, skip = (item.get(k) for k in ("name", "skip")) if isinstance(item, dict) else (0, 0)
+        if not isinstance(name, str) or isinstance(skip, bool):
+            raise _bad("'gates' must hold objects with a name and a skip rate")
+        if not isinstance(skip, int | float) or not 0.0 <= skip <= 1.0:
+            raise _bad(f"'gates' has a skip rate outside [0, 1]: {skip!r:.40}")
+        found.append(GateInfo(name, float(skip)))
+    return tuple(found)
 
 
 def _target(name: str, raw: object, files: Mapping[str, str]) -> Target:

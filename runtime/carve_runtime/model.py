@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from carve_runtime.decoder import Session, check_decoder, check_ids
 from carve_runtime.engine import PROVIDERS, Engine
 from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.gates import GateStats
 from carve_runtime.manifest import (
     Kind,
     Manifest,
@@ -43,6 +44,7 @@ class Generation:
         token_ids: the new tokens, without the stop token; those of a stop string are included.
         prompt_tokens: how many tokens the prompt had.
         first_token_s: seconds from the prompt's first step until the first token was chosen.
+        gate_stats: what the skip gates skipped, None unless it was asked for.
         tokens_per_s: decoding steps a second after the first token; 0 when there were none.
             The time that the consumer of a stream takes is not counted.
         finish_reason: ``stop`` after a stop token or stop string; ``length`` after
@@ -55,6 +57,7 @@ class Generation:
     first_token_s: float
     tokens_per_s: float
     finish_reason: Literal["stop", "length"]
+    gate_stats: GateStats | None = None
 
 
 def load(
@@ -165,14 +168,18 @@ class Model:
 
     # Decoders
 
-    def start(self) -> Session:
+    def start(self, *, gates: str = "token", stats: bool = False) -> Session:
         """Start a sequence with an empty cache of its own.
 
+        Args:
+            gates: ``token``, ``sequence`` or ``off``, see `carve_runtime.gates.Gates`.
+            stats: keep what the gates skip.
+
         Raises:
-            RequestError: ``kind`` when this is not a decoder.
+            RequestError: ``kind`` when this is not a decoder, ``argument`` for unknown ``gates``.
         """
         self._require("decoder", "start")
-        return Session(self._engine, self.manifest.model)
+        return Session(self._engine, self.manifest.model, gates=gates, stats=stats)
 
     def logits(self, ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits float32 [S, V] after each of the token ids [S], in one pass.
@@ -193,6 +200,8 @@ class Model:
         seed: int | None = None,
         stop: Sequence[str] = (),
         on_token: Callable[[int], object] | None = None,
+        gates: str = "token",
+        stats: bool = False,
     ) -> Generation:
         """Continue a prompt.
 
@@ -205,6 +214,8 @@ class Model:
             seed: makes sampling reproducible.
             stop: texts that end the generation, and are not part of it.
             on_token: called with every new token id.
+            gates: ``token``, ``sequence`` or ``off``, see `carve_runtime.gates.Gates`.
+            stats: give ``gate_stats`` with the result.
 
         Raises:
             RequestError: ``kind`` when this is not a decoder, ``context-length``,
@@ -219,6 +230,8 @@ class Model:
             seed=seed,
             stop=stop,
             on_token=on_token,
+            gates=gates,
+            stats=stats,
         )
         while True:
             try:
@@ -238,6 +251,8 @@ class Model:
         seed: int | None = None,
         stop: Sequence[str] = (),
         on_token: Callable[[int], object] | None = None,
+        gates: str = "token",
+        stats: bool = False,
     ) -> Generator[str, None, Generation]:
         """Continue a prompt and yield the text in pieces as soon as they are certain.
 
@@ -256,7 +271,8 @@ class Model:
         if stop and self.tokenizer is None:
             raise RequestError("no-tokenizer", "stop strings need a tokenizer")
         ids = self._prompt_ids(prompt)
-        return self._generate(ids, max_new_tokens, sampler, stops, on_token)
+        session = self.start(gates=gates, stats=stats)
+        return self._generate(ids, max_new_tokens, sampler, stops, on_token, session, stats)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> NDArray[np.int64]:
         info = self.manifest.model
@@ -285,6 +301,8 @@ class Model:
         sampler: Sampler,
         stops: StopFilter,
         on_token: Callable[[int], object] | None,
+        session: Session,
+        stats: bool,
     ) -> Generator[str, None, Generation]:
         info = self.manifest.model
         detokenizer = Detokenizer(self.tokenizer)
@@ -294,7 +312,6 @@ class Model:
         steps, decode_s = 0, 0.0
 
         began = time.perf_counter()
-        session = self.start()
         part = max(_PREFILL_LEAST, _PREFILL_LOGITS_BYTES // (4 * info.vocab_size))
         for at in range(0, ids.size, part):
             logits = session.step(ids[at : at + part])[-1]
@@ -334,6 +351,7 @@ class Model:
             first_token_s=first_token_s,
             tokens_per_s=steps / decode_s if steps else 0.0,
             finish_reason=finish,
+            gate_stats=session.gate_stats if stats else None,
         )
 
     # Encoders
