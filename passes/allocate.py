@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carve.allocate import Option, allocate
-from carve.budget import Request, Split, choose_split, cost_of, gate_macs, skip_saving
+from carve.budget import Request, Split, choose_split, cost_of, skip_saving
 from carve.calibration import limit_batches
 from carve.errors import UserError
 from carve.ffn import DenseFFN
@@ -168,7 +168,7 @@ class Allocate(Pass[AllocateConfig]):
                 options[block.name] = [
                     Option(
                         skipping(block, r),
-                        {MACS: block.query_macs * (1.0 - r) + (gate_macs(block) if r else 0)},
+                        {MACS: block.query_macs - skip_saving(program, {block.name: r})},
                         (None, r),
                     )
                     for r in (0.0, *self.config.skips)

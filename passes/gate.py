@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from dataclasses import dataclass
 
 from carve.budget import BRIDGE_RANK
 from carve.calibration import Batch, limit_batches
 from carve.errors import UserError
-from carve.executor import Pauses
+from carve.gate_training import train_adapter, train_scores
 from carve.gates import BRIDGES, SkipLesson, fit_gate, skipped_error, with_rate
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
 from carve.sites import Block, Gate
-from carve.tuning import cosine, mixed_precision, shuffled
 from carve.walk import walk_blocks
 
 TRAINING = ("labels", "straight_through")
@@ -111,7 +106,16 @@ class SkipGates(Pass[GateConfig]):
         for block in blocks:
             program.set_gate(block, gates[block.name])
         if c.training == "straight_through" and blocks:
-            self._train(program, context, batches)
+            train_scores(
+                program,
+                batches,
+                context.skips,
+                c.steps,
+                c.batch,
+                c.rate,
+                context.generator("gate"),
+                lambda steps: context.progress(steps, f"{self.name} training"),
+            )
             self._calibrate(program, context, batches)
         names = [b.name for b in blocks]
         found = {b.name: b.gate for b in blocks if b.gate is not None}
@@ -130,119 +134,8 @@ class SkipGates(Pass[GateConfig]):
             lesson, rate, kind=c.bridge, rank=c.rank, always=c.always, strength=c.strength
         )
         if c.bridge == "adapter":
-            gate = self._adapter(gate, lesson, context.generator(f"adapter {block.name}"))
+            gate = train_adapter(gate, lesson, context.generator(f"adapter {block.name}"))
         return gate
-
-    def _adapter(self, gate: Gate, lesson: SkipLesson, generator: torch.Generator) -> Gate:
-        """A gated FFN ``C (silu(G x) * A x) + c`` in place of the linear bridge, for what it skips.
-
-        As in FlexiDepth, of a sixteenth of the model's FFN width, here four times the hidden size
-        over sixteen; Adam on the tokens that the gate skips.
-        """
-        rows = (gate.scores(lesson.x) <= 0).nonzero().squeeze(1)
-        part = lesson.rows(rows)
-        width, out = part.x.shape[1], part.target.shape[1]
-        size = max(8, width // 4)
-        scale = part.x.square().mean().sqrt().clamp_min(1e-6) * width**0.5
-
-        def random(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape, generator=generator) / scale)
-
-        a, g = random(size, width), random(size, width)
-        low, c = nn.Parameter(torch.zeros(out, size)), nn.Parameter(part.target.mean(0))
-        parameters = [a, g, low, c]
-        optimizer = torch.optim.Adam(parameters, lr=3e-3)
-        steps = 200
-        for step, pick in enumerate(shuffled(len(part.x), 1024, steps, generator)):
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * cosine(step, steps)
-            x = part.x[pick]
-            y = F.linear(F.silu(F.linear(x, g)) * F.linear(x, a), low, c)
-            loss = (part.weight[pick, None] * (y - part.target[pick]).square()).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        return replace(
-            gate,
-            bridge_in=a.detach(),
-            bridge_gate=g.detach(),
-            bridge_out=low.detach(),
-            bridge_bias=c.detach(),
-        )
-
-    def _train(self, program: Program, context: Context, batches: list[Batch]) -> None:
-        """Scores by the gradient of the end-to-end KL through a straight-through mask.
-
-        The mask is hard going forward and ``sigmoid(s / temperature)`` going back, with scores
-        scaled to unit deviation; a penalty holds each gate's share of running tokens.
-        """
-        c = self.config
-        blocks = program.gated
-        rows = [b.rows(i, i + 1) for b in batches for i in range(len(b.inputs[0]))]
-        scores: dict[str, nn.Linear] = {}
-        for b in blocks:
-            assert b.gate is not None
-            linear = nn.Linear(len(b.gate.weight), 1)
-            with torch.no_grad():
-                linear.weight.copy_(b.gate.weight[None])
-                linear.bias.copy_(b.gate.bias)
-            scores[b.name] = linear
-        groups = [
-            {"params": [p], "lr": c.rate * float(s.weight.detach().square().mean().sqrt())}
-            for s in scores.values()
-            for p in (s.weight, s.bias)
-        ]
-        base = [float(g["lr"]) for g in groups]  # type: ignore[arg-type]
-        optimizer = torch.optim.Adam(groups)
-        generator = context.generator("gate")
-        picks = [*shuffled(len(rows), c.batch, c.steps, generator)]
-        place = program.inputs.index("position_ids")
-        for step, pick in enumerate(context.progress(picks, f"{self.name} training")):
-            chosen = [rows[int(i)].inputs for i in pick]
-            inputs = tuple(torch.cat(parts) for parts in zip(*chosen, strict=True))
-            with mixed_precision():
-                dense = program.run(*inputs, gates=False)[0].float().log_softmax(-1)
-                logits, rates = self._forward(program, inputs, scores, inputs[place])
-            kl = (dense.exp() * (dense - logits.float().log_softmax(-1))).sum(-1).mean()
-            want = torch.tensor([context.skips[b.name] for b in blocks])
-            loss = kl + (rates - (1.0 - want)).square().sum()
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * cosine(step, c.steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        for b in blocks:
-            assert b.gate is not None
-            linear = scores[b.name]
-            weight, bias = linear.weight.detach()[0].clone(), linear.bias.detach().clone()
-            program.set_gate(b, replace(b.gate, weight=weight, bias=bias))
-
-    def _forward(
-        self,
-        program: Program,
-        inputs: tuple[Tensor, ...],
-        scores: dict[str, nn.Linear],
-        position: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits, and each gate's share of running tokens (with its gradient)."""
-        steps = program.steps(*inputs, pauses=Pauses(after=program.gated), only_first=True)
-        rates: list[Tensor] = []
-        try:
-            at = next(steps)
-            while True:
-                gate = at.site.gate
-                assert gate is not None
-                assert at.y is not None
-                s = scores[at.site.name](at.x.float()).squeeze(-1)
-                soft = torch.sigmoid(s / s.detach().std().clamp_min(1e-6))
-                late = position >= gate.always
-                hard = (s.detach() > 0) | ~late
-                mask = hard.float() + (soft - soft.detach()) * late
-                rates.append(mask[late].mean())
-                other = gate.bridge(at.x)
-                at = steps.send(other + mask[..., None] * (at.y - other))
-        except StopIteration as stop:
-            return stop.value[0], torch.stack(rates)
 
     def _calibrate(self, program: Program, context: Context, batches: list[Batch]) -> None:
         """Set all thresholds anew, each in the stream that the gates before it leave."""

@@ -29,8 +29,9 @@ from carve.errors import CarveError
 from carve.program import Program
 from carve.sites import Block, FFNSite, Gate
 
-SHIFT, SCORES = "gate_shift", "gate_scores"
-"""Names of the input that moves all thresholds (default zero) and of the output."""
+SHIFT, SCORES, BARS = "gate_shift", "gate_scores", "gate_bars"
+"""Names of the input that moves all thresholds (default zero), and of two outputs ``[B, S, G]``: a
+token runs through a block where its score is above its bar."""
 ROWS_DOMAIN = "carve.rows"
 _ALWAYS = 1e30
 Branch = list[ir.Node]
@@ -54,9 +55,9 @@ class Rows:
         """The running tokens' inputs, ``[R, d]``."""
         return self.node.outputs[0]
 
-    def take(self, at: ir.Node, value: ir.Value) -> Any:
+    def take(self, at: ir.Node, value: ir.Value, width: int) -> Any:
         """Rows ``[R, w]`` of ``value`` ``[B, S, w]``."""
-        return self.b.op(at, "Take", [value, self.node.outputs[1]], domain=ROWS_DOMAIN)
+        return self.b.op(at, "Take", [value, self.node.outputs[1]], domain=ROWS_DOMAIN, width=width)
 
     def tie(self, at: ir.Node, value: ir.Value) -> Any:
         """``value`` as it is, computed inside the gate from here on."""
@@ -97,36 +98,38 @@ class GateLowering:
         always = np.array([g.always for g in gates], np.int64)
         shift = b.const(SHIFT, np.zeros(len(gates), np.float32))
         self.graph.inputs.append(shift)
-        bias = np.array([float(g.bias) for g in gates], np.float32)
-        bar = b.op(at, "Add", [b.const("carve_gate_bias", bias), shift])
+        bias = np.array([-float(g.bias) for g in gates], np.float32)
+        bar = b.op(at, "Sub", [b.const("carve_gate_bars", bias), shift])
         last = b.const("carve_last_axis", np.array([-1]))
         place = b.op(at, "Unsqueeze", [position, last])
         first = b.op(at, "Less", [place, b.const("carve_always", always)])
-        run = b.const("carve_always_run", np.array(_ALWAYS, np.float32))
-        floor = b.op(at, "Where", [first, run, bar])
+        run = b.const("carve_always_run", np.array(-_ALWAYS, np.float32))
+        bars = b.op(at, "Where", [first, run, bar])
         one = b.const("carve_one", np.array(1))
         self.single = b.op(at, "Equal", [b.op(at, "Size", [position]), one])
-        parts = [floor]
-        if len(gates) > 1:
-            parts = b.op(at, "Split", [floor], outputs=len(gates), axis=-1, num_outputs=len(gates))
-        zero = b.const("carve_zero", np.array(0.0, np.float32))
+        count = len(gates)
+        parts = [bars]
+        if count > 1:
+            parts = b.op(at, "Split", [bars], outputs=count, axis=-1, num_outputs=count)
         found = []
         for (i, block, node), gate, part in zip(self.gates, gates, parts, strict=True):
             x = given(node.inputs[1])
             weight = b.float_tensor(f"{block.name}.gate_scores", gate.weight[:, None])
-            d = b.op(at, "Add", [b.op(at, "MatMul", [x, weight]), part])
-            best = b.op(at, "ReduceMax", [d], keepdims=0)
-            self.conditions[i] = b.op(at, "Greater", [best, zero])
+            score = b.op(at, "MatMul", [x, weight])
+            hit = b.op(at, "Greater", [score, part])
+            self.conditions[i] = b.op(at, "ReduceMax", [hit], keepdims=0)
             # The conditions are inputs so that they count as used until the `If`s stand.
-            kept = [x, d, self.conditions[i], self.single]
-            rows = b.op(at, "Rows", kept, outputs=2, domain=ROWS_DOMAIN)[0].producer()
+            kept = [x, hit, self.conditions[i], self.single]
+            made = b.op(at, "Rows", kept, outputs=2, domain=ROWS_DOMAIN, width=len(gate.weight))
+            rows = made[0].producer()
             self.rows[i] = Rows(b, f"gate{i}", rows, x)
-            found.append(d)
-        scores = found[0] if len(found) == 1 else b.op(at, "Concat", found, axis=-1)
-        out = b.op(at, "Identity", [scores])
-        out.name = SCORES
-        out.type = ir.TensorType(ir.DataType.FLOAT)
-        self.graph.outputs.append(out)
+            found.append(score)
+        scores = found[0] if count == 1 else b.op(at, "Concat", found, axis=-1)
+        for name, value in ((SCORES, scores), (BARS, bars)):
+            out = b.op(at, "Identity", [value])
+            out.name, out.type = name, ir.TensorType(ir.DataType.FLOAT)
+            out.shape = ir.Shape(["batch", "sequence", count])
+            self.graph.outputs.append(out)
 
     def open_ffns(self) -> None:
         """Let every gated FFN read the running rows only."""
@@ -202,28 +205,26 @@ class GateLowering:
             n.replace_input_with(0, None)
             n.replace_input_with(1, None)
             return []
+        width = n.attributes["width"].as_int()
         if n.op_type == "Rows":
-            x, d = given(n.inputs[0]), given(n.inputs[1])
+            x, hit = given(n.inputs[0]), given(n.inputs[1])
             flat = b.const("carve_flat", np.array([-1]))
-            zero = b.const("carve_zero", np.array(0.0, np.float32))
-            hit = b.op(some, "Greater", [b.op(some, "Reshape", [d, flat]), zero])
-            first = b.const("carve_axis0", np.array([0]))
-            index = b.op(some, "Squeeze", [b.op(some, "NonZero", [hit]), first])
-            taken = [b.op(some, "Gather", [self._flat(some, x), index], axis=0), index]
+            hits = b.op(some, "NonZero", [b.op(some, "Reshape", [hit, flat])])
+            index = b.op(some, "Squeeze", [hits, b.const("carve_axis0", np.array([0]))])
+            taken = [b.op(some, "Gather", [self._flat(some, x, width), index], axis=0), index]
             none = b.const("carve_row0", np.array([0]))
-            whole = [self._flat(alone, x), b.op(alone, "Identity", [none])]
+            whole = [self._flat(alone, x, width), b.op(alone, "Identity", [none])]
             for each in (taken[1], whole[1]):
                 each.type = ir.TensorType(ir.DataType.INT64)
         elif n.op_type == "Take":
             value, index = given(n.inputs[0]), given(n.inputs[1])
-            taken = [b.op(some, "Gather", [self._flat(some, value), index], axis=0)]
-            whole = [self._flat(alone, value)]
+            taken = [b.op(some, "Gather", [self._flat(some, value, width), index], axis=0)]
+            whole = [self._flat(alone, value, width)]
         else:
             value, index, full = (given(v) for v in n.inputs)
-            width = n.attributes["width"].as_int()
             shape = self._shape(some, full, width)
             blank = b.op(some, "ConstantOfShape", [shape])
-            taken = [self._scatter(some, blank, index, value, shape)]
+            taken = [self._scatter(some, blank, index, value, shape, width)]
             one = b.const(f"carve_single{width}", np.array([1, 1, width]))
             whole = [b.op(alone, "Reshape", [value, one])]
         values = self._if_single(branch, n.name or n.op_type, whole, taken, alone, some)
@@ -263,24 +264,24 @@ class GateLowering:
         alone: Branch = []
         shape = self._shape(some, x, width)
         base = self._bridge(some, x, block, gate)
-        taken = self._scatter(some, base, index, y, shape)
+        taken = self._scatter(some, base, index, y, shape, width)
         one = b.const(f"carve_single{width}", np.array([1, 1, width]))
         whole = b.op(alone, "Reshape", [y, one])
         return self._if_single(branch, f"{block.name}.rows", [whole], [taken], alone, some)[0]
 
-    def _scatter(self, branch: Branch, base: Any, index: Any, rows: Any, shape: Any) -> Any:
+    def _scatter(
+        self, branch: Branch, base: Any, index: Any, rows: Any, shape: Any, width: int
+    ) -> Any:
         b = self.b
         last = b.const("carve_last_axis", np.array([-1]))
         at = b.op(branch, "Unsqueeze", [index, last])
-        put = b.op(branch, "ScatterND", [self._flat(branch, base), at, rows])
+        put = b.op(branch, "ScatterND", [self._flat(branch, base, width), at, rows])
         return b.op(branch, "Reshape", [put, shape])
 
-    def _flat(self, branch: Branch, value: Any) -> Any:
-        """``[B, S, w]`` as ``[B S, w]``; ``w`` is known from the shape of what is flattened."""
-        shape = self.b.op(branch, "Shape", [value], start=2)
-        flat = self.b.const("carve_flat", np.array([-1]))
-        both = self.b.op(branch, "Concat", [flat, shape], axis=0)
-        return self.b.op(branch, "Reshape", [value, both])
+    def _flat(self, branch: Branch, value: Any, width: int) -> Any:
+        """``[B, S, w]`` as ``[B S, w]``."""
+        flat = self.b.const(f"carve_flat{width}x", np.array([-1, width]))
+        return self.b.op(branch, "Reshape", [value, flat])
 
     def _shape(self, branch: Branch, x: ir.Value, width: int) -> Any:
         """``[B, S, width]`` as int64."""

@@ -267,7 +267,8 @@ def lower(model: ir.Model, weights: dict[str, Tensor], program: Program, bits: i
             heads = Heads(count, kv, width)
             operator = lower_attention(b, node, lengths, heads, weights, tables, rows)
             if rows is not None and block is not None and output is not None:
-                output.replace_input_with(0, rows.take(output, given(output.inputs[0])))
+                wide = rows.take(output, given(output.inputs[0]), count * width)
+                output.replace_input_with(0, wide)
                 operators[block] = operator
         onnx_passes.RemoveUnusedNodesPass()(model)
     for node in placeholders["RoutedFFN"]:

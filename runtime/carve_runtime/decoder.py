@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from carve_runtime.engine import Engine, value
 from carve_runtime.errors import ArtifactError, RequestError
-from carve_runtime.gates import SCORES, SHIFT, Gates, GateStats
+from carve_runtime.gates import BARS, SCORES, SHIFT, Gates, GateStats
 from carve_runtime.manifest import ModelInfo
 
 _FIRST_CAPACITY = 256
@@ -43,13 +43,11 @@ def check_decoder(engine: Engine, info: ModelInfo) -> None:
         for ports, name in ((engine.inputs, past), (engine.outputs, present)):
             if name not in ports or not ports[name].is_float32(*cache):
                 raise refuse(f"{name} must be float32 with shape {cache}")
-    scores = engine.outputs.get(SCORES)
-    if info.gates and (
-        scores is None
-        or SHIFT not in engine.optional
-        or not scores.is_float32(None, None, len(info.gates))
-    ):
-        raise refuse(f"{len(info.gates)} gates need {SHIFT} and {SCORES}")
+    if info.gates:
+        told = [engine.outputs.get(name) for name in (SCORES, BARS)]
+        wide = all(p is not None and p.is_float32(None, None, len(info.gates)) for p in told)
+        if SHIFT not in engine.optional or not wide:
+            raise refuse(f"{len(info.gates)} gates need {SHIFT}, {SCORES} and {BARS}")
     if engine.inputs.keys() - known:
         raise refuse(f"unknown inputs {sorted(engine.inputs.keys() - known)}")
 
@@ -144,10 +142,11 @@ class Session:
         pasts = {past: v for (past, _), v in zip(self._names, self._values, strict=True)}
         outputs = ["logits", *(present for _, present in self._names)]
         if self._watch:
-            outputs.append(SCORES)
+            outputs += [SCORES, BARS]
         logits, *rest = self._engine.run_values(outputs, values | pasts)
         if self._watch:
-            self._gates.seen(rest.pop().numpy())
+            bars, scores = rest.pop().numpy(), rest.pop().numpy()
+            self._gates.seen(scores, bars)
         self._values = rest
         array: NDArray[np.float32] = logits.numpy()
         return array
@@ -159,16 +158,20 @@ class Session:
             self._grow(total)
         binding = self._binding
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
+            if name in self._engine.inputs:
+                binding.bind_cpu_input(name, array)
+            else:  # an input with a value of its own: numpy arrays are bound to the others only
+                binding.bind_ortvalue_input(name, value(array))
         # A fresh array each step: the caller may keep it.
         logits = np.empty((1, steps, self._info.vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", value(logits))
         if self._watch:
-            scores = np.empty((1, steps, len(self._info.gates)), np.float32)
+            scores, bars = np.empty((2, 1, steps, len(self._info.gates)), np.float32)
             binding.bind_ortvalue_output(SCORES, value(scores))
+            binding.bind_ortvalue_output(BARS, value(bars))
         self._engine.run_bound(binding, shrink=steps >= _SHRINK_FROM)
         if self._watch:
-            self._gates.seen(scores)
+            self._gates.seen(scores, bars)
         return logits
 
     def _grow(self, total: int) -> None:

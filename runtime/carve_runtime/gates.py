@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from carve_runtime.errors import RequestError
 from carve_runtime.manifest import GateInfo
 
-SHIFT, SCORES = "gate_shift", "gate_scores"
-"""Names of the graph's input that moves all thresholds, [G], and of its output [B, S, G]."""
+SHIFT, SCORES, BARS = "gate_shift", "gate_scores", "gate_bars"
+"""Names of the graph's input that moves all thresholds, [G], and of its outputs [B, S, G]: a token
+runs through a block where its score is above its bar."""
 Mode = Literal["token", "sequence", "off"]
 MODES = ("token", "sequence", "off")
 # Larger than any score, and small enough that the graph's own mark for tokens that always run,
@@ -85,14 +86,14 @@ class Gates:
         """What the graph needs to be told; nothing where it does what it does by itself."""
         return {SHIFT: self.shift} if self.infos and self.shift.any() else {}
 
-    def seen(self, scores: NDArray[np.float32]) -> None:
-        """Take note of one step's scores [1, S, G]; several tokens at once are a prompt."""
-        runs = scores[0] > 0
+    def seen(self, scores: NDArray[np.float32], bars: NDArray[np.float32]) -> None:
+        """Take note of a step's scores and bars [1, S, G]; several tokens at once are a prompt."""
+        runs = scores[0] > bars[0]
         self._scores.append(runs)
         if len(runs) > 1:
             self._prompt = sum(len(r) for r in self._scores)
         if self.mode == "sequence" and not self._planned:
-            self._plan(scores[0])
+            self._plan((scores - bars)[0])
 
     def _plan(self, scores: NDArray[np.float32]) -> None:
         late = scores[(scores < _BEYOND).all(1)]

@@ -1,0 +1,182 @@
+"""What skip gates save in decoding and prefill, on blocks of a 1.1B Llama with random weights.
+
+Usage::
+
+    python tools/gate_speed.py --layers 12 --bits 4 --rates 0.25,0.5
+
+The layers of the deep half without the last are gated, attention and FFN apart, with random scores
+whose thresholds are set on the very tokens that are timed. ``share`` is what the gated layers cost
+when nothing is gated: the time of the model less that of the model without these layers (norms,
+keys and values counted, which gates cannot save). ``saved`` is the time saved over ``rate x share``
+at the rate that was really skipped, each gate weighed by its multiply-accumulates. All models run
+in turn in one process; medians of ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import torch
+import transformers as hf
+from carve_runtime import GateInfo, ModelInfo, Session
+from carve_runtime.engine import Engine
+
+from carve.budget import plan_skips
+from carve.calibration import decoder_batches
+from carve.capture import capture_transformers
+from carve.emit.onnx import emit
+from carve.gates import with_rate
+from carve.program import Program
+from carve.report import table
+from carve.sites import Gate
+from carve.walk import walk_blocks
+
+VOCAB = 2048
+
+
+def build(layers: int) -> Program:
+    """Blocks of the 1.1B shape with random weights; the same ones whatever their number."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=VOCAB,
+        max_position_embeddings=2048,
+    )
+    return capture_transformers(hf.LlamaForCausalLM(config).to(torch.bfloat16))
+
+
+def gate(program: Program, rate: float, rank: int, ids: list[int]) -> None:
+    """Random gates whose thresholds skip ``rate`` of the tokens ``ids``."""
+    generator = torch.Generator().manual_seed(1)
+    planned = plan_skips(program, rate)
+    blocks = [b for b in program.blocks if b.name in planned]
+    batches = decoder_batches(program, torch.tensor([ids]), 1)
+    steps = walk_blocks(program, batches, blocks, 2)
+    found: dict[str, Gate] = {}
+    try:
+        block, lesson = next(steps)
+        while True:
+            d = lesson.x.shape[1]
+
+            def noise(*shape: int) -> torch.Tensor:
+                return 1e-3 * torch.randn(*shape, generator=generator)
+
+            bridge = (noise(rank, d), None, noise(d, rank), noise(d)) if rank else (None,) * 4
+            made = Gate(noise(d), torch.zeros(1), *bridge)
+            found[block.name] = with_rate(made, lesson.x, rate)
+            block, lesson = steps.send(found[block.name])
+    except StopIteration:
+        pass
+    for b in blocks:
+        program.set_gate(b, found[b.name])
+
+
+class Timed:
+    """One emitted model."""
+
+    def __init__(self, program: Program, folder: Path, name: str, bits: int, threads: int) -> None:
+        (folder / name).mkdir()
+        emitted = emit(program, folder / name / "model.onnx", bits)
+        self.engine = Engine(emitted.path, "onnx-cpu", threads)
+        gates = tuple(GateInfo(b.name, b.gate.skip) for b in program.gated if b.gate)
+        self.macs = [b.skippable_macs for b in program.gated]
+        self.info = ModelInfo(
+            VOCAB, 2048, None, (), len(program.sites), 4, 64, True, None, False, gates
+        )
+
+    def run(self, ids: list[int], context: int) -> tuple[float, float]:
+        """Seconds of the prompt ``ids[:context]``, and a token of the steps after it."""
+        session = Session(self.engine, self.info)
+        began = time.perf_counter()
+        session.step(ids[:context])
+        prefill = time.perf_counter() - began
+        began = time.perf_counter()
+        for i in ids[context:]:
+            session.step([i])
+        return prefill, (time.perf_counter() - began) / max(1, len(ids) - context)
+
+    def skipped(self, ids: list[int], context: int) -> tuple[float, float]:
+        """Share skipped in the prompt and after it, each gate by its multiply-accumulates."""
+        session = Session(self.engine, self.info, stats=True)
+        session.step(ids[:context])
+        prompt = session.gate_stats.skipped
+        for i in ids[context:]:
+            session.step([i])
+        both = session.gate_stats.skipped
+        weigh = self.macs
+        late = [
+            (b * len(ids) - p * context) / max(1, len(ids) - context)
+            for p, b in zip(prompt, both, strict=True)
+        ]
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(v * w for v, w in zip(values, weigh, strict=True)) / max(1, sum(weigh))
+
+        return mean(prompt), mean(late)
+
+
+def main() -> None:
+    """Emit the models, time them in turn, print the table."""
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    a.add_argument("--layers", type=int, default=12)
+    a.add_argument("--bits", type=int, default=4)
+    a.add_argument("--rates", default="0.25,0.5")
+    a.add_argument("--rank", type=int, default=32, help="of the bridges; 0 for identity")
+    a.add_argument("--tokens", type=int, default=64)
+    a.add_argument("--context", type=int, default=256, help="tokens of the prompt")
+    a.add_argument("--rounds", type=int, default=9)
+    a.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = a.parse_args()
+    ids = [(7919 * i + 13) % VOCAB for i in range(args.context + args.tokens)]
+    rates = [float(r) for r in args.rates.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        program = build(args.layers)
+        count = len(plan_skips(program, 0.5)) // 2
+        models = {"without gates": Timed(program, folder, "base", args.bits, args.threads)}
+        for rate in (*rates, 1.0):
+            gate(program, rate, args.rank, ids)
+            name = f"gates, {rate:.0%} asked"
+            models[name] = Timed(program, folder, str(rate), args.bits, args.threads)
+        del program
+        fewer = build(args.layers - count)
+        models["without the layers"] = Timed(fewer, folder, "fewer", args.bits, args.threads)
+        del fewer
+        times: dict[str, list[tuple[float, float]]] = {n: [] for n in models}
+        for i in range(args.rounds + 1):
+            for name in list(models) if i % 2 else list(models)[::-1]:
+                found = models[name].run(ids, args.context)
+                time.sleep(0.1)  # idle pools spin for a while after a run
+                if i:
+                    times[name].append(found)
+        rows = [["model", "decode ms", "skipped", "saved", "prefill ms", "skipped", "saved"]]
+        for name, model in models.items():
+            prompt, generated = model.skipped(ids, args.context)
+            cells = [name]
+            for which, rate in ((1, generated), (0, prompt)):
+                own = [t[which] for t in times[name]]
+                base = [t[which] for t in times["without gates"]]
+                least = [t[which] for t in times["without the layers"]]
+                share = statistics.median(b - m for b, m in zip(base, least, strict=True))
+                saved = statistics.median(b - t for b, t in zip(base, own, strict=True))
+                part = f"{saved / (rate * share):.2f}" if rate else "-"
+                cells += [f"{1e3 * statistics.median(own):.2f}", f"{rate:.3f}", part]
+            rows.append(cells)
+        print(f"{args.layers} layers, {count} gated, {args.bits} bits, rank {args.rank}")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
