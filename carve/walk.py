@@ -114,7 +114,6 @@ def walk_blocks(
     """
     place = program.inputs.index("position_ids")
     positions = [b.inputs[place] for b in batches]
-    late = [p.reshape(-1) >= always for p in positions]
 
     def start(pauses: Pauses) -> list[Steps]:
         return [program.steps(*b.inputs, pauses=pauses, only_first=True) for b in batches]
@@ -131,7 +130,7 @@ def walk_blocks(
                 )
                 for d, o, a in zip(dense, other, answers, strict=True)
             ]
-        gate = yield block, _skip_lesson(pairs, batches, late)
+        gate = yield block, _skip_lesson(pairs, batches, positions, always)
         answers = []
         for (d, o), position in zip(pairs, positions, strict=True):
             assert d.y is not None
@@ -151,8 +150,13 @@ def _to_block(steps: Steps, answer: Tensor | None) -> AtSite:
 
 
 def _skip_lesson(
-    pairs: Sequence[tuple[AtSite, AtSite]], batches: Sequence[Batch], late: Sequence[Tensor]
+    pairs: Sequence[tuple[AtSite, AtSite]],
+    batches: Sequence[Batch],
+    positions: Sequence[Tensor],
+    always: int,
 ) -> SkipLesson:
+    late = [p.reshape(-1) >= always for p in positions]
+
     def gather(parts: Sequence[Tensor | None]) -> Tensor:
         rows = []
         for part, batch, keep in zip(parts, batches, late, strict=True):
@@ -161,10 +165,20 @@ def _skip_lesson(
             rows.append(part.reshape(len(mask), -1)[mask].float())
         return torch.cat(rows)
 
+    sequences = []
+    first = 0
+    for position in positions:
+        count, length = position.shape
+        sequences.append(
+            torch.arange(first, first + count)[:, None].expand(count, length)[..., None]
+        )
+        first += count
+    sequence = gather(sequences).squeeze(1).long()
     x, y = gather([o.x for _, o in pairs]), gather([o.y for _, o in pairs])
     target = gather([d.y for d, _ in pairs])
     if pairs[0][0].residual is None:
-        return SkipLesson(x, target, y, weights_of_size(target))
+        return SkipLesson(x, target, y, weights_of_size(target), sequence)
     stream = gather([d.residual for d, _ in pairs])
     weight = weights_of_size(stream + target)
-    return SkipLesson(x, target + stream - gather([o.residual for _, o in pairs]), y, weight)
+    lead = target + stream - gather([o.residual for _, o in pairs])
+    return SkipLesson(x, lead, y, weight, sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from carve.budget import BRIDGE_RANK
-from carve.calibration import Batch, limit_batches
+from carve.calibration import limit_batches
 from carve.errors import UserError
 from carve.gate_training import train_adapter, train_scores
 from carve.gates import BRIDGES, SkipLesson, fit_gate, skipped_error, with_rate
@@ -116,7 +116,7 @@ class SkipGates(Pass[GateConfig]):
                 context.generator("gate"),
                 lambda steps: context.progress(steps, f"{self.name} training"),
             )
-            self._calibrate(program, context, batches)
+            self.calibrate(program, context)
         names = [b.name for b in blocks]
         found = {b.name: b.gate for b in blocks if b.gate is not None}
         return GateMetrics(
@@ -137,9 +137,10 @@ class SkipGates(Pass[GateConfig]):
             gate = train_adapter(gate, lesson, context.generator(f"adapter {block.name}"))
         return gate
 
-    def _calibrate(self, program: Program, context: Context, batches: list[Batch]) -> None:
+    def calibrate(self, program: Program, context: Context) -> None:
         """Set all thresholds anew, each in the stream that the gates before it leave."""
         blocks = program.gated
+        batches = limit_batches(context.batches, self.config.tokens)
         moved: dict[str, Gate] = {}
         steps = walk_blocks(program, batches, blocks, self.config.always)
         try:

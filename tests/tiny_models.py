@@ -19,7 +19,7 @@ from carve.calibration import DATA
 from carve.capture import DYNAMIC, capture_module, capture_transformers
 from carve.ffn import RoutedFFN
 from carve.program import Program
-from carve.sites import FFNSite
+from carve.sites import Block, FFNSite, Gate
 
 # Nothing here is large enough for two threads, and threads that wait for one another stall for
 # minutes on a machine that is busy with other work.
@@ -280,13 +280,41 @@ def make_tokenizer(vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def save_checkpoint(folder: Path, vocab: int = 300) -> Path:
+def random_gate(block: Block, *, bridge: str = "low_rank", seed: int = 0) -> Gate:
+    """A gate that skips about half of the tokens, with a bridge that cannot be overlooked."""
+    g = torch.Generator().manual_seed(seed)
+    d, out = (int(n.meta["val"].shape[-1]) for n in (block.input, block.output))
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    wide = bridge in ("low_rank", "adapter")
+    return Gate(
+        noise(d),
+        0.1 * noise(1),
+        noise(32, d) / d**0.5 if wide else None,
+        noise(32, d) / d**0.5 if bridge == "adapter" else None,
+        noise(out, 32) / 8 if wide else None,
+        None if bridge == "identity" else noise(out),
+        skip=0.5,
+    )
+
+
+def gate(program: Program, *bridges: str) -> Program:
+    """Gate every block, with each of ``bridges`` in turn."""
+    for i, block in enumerate(b for b in program.blocks if b.gateable):
+        program.set_gate(block, random_gate(block, bridge=bridges[i % len(bridges)], seed=i))
+    return program
+
+
+def save_checkpoint(folder: Path, vocab: int = 300, layers: int = LAYERS) -> Path:
     """A Llama on disk with a byte-level tokenizer; 60 thousand weights a layer."""
     torch.manual_seed(0)
     sizes = {
         **GROUPED,
         "vocab_size": vocab,
-        "max_position_embeddings": 128,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 192,
         "pad_token_id": None,
         "bos_token_id": 0,
         "eos_token_id": 1,
