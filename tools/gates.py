@@ -23,7 +23,6 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from quality import Bench
 from carve import passes as p
 from carve.budget import gate_macs, make_request, plan_skips, plan_widths
 from carve.capture import capture_checkpoint
-from carve.errors import UserError
 from carve.executor import Pauses
 from carve.passbase import Context, Pass, PassManager
 from carve.program import Program
@@ -151,8 +149,12 @@ class Rows:
         share = realised_share(program, self.bench.held[:4])
         self.add("random mask, same rate", share["budget"], program)
 
-    def carved(self, budget: float, skip: bool) -> None:
-        """The FFNs carved by closed forms, with or without gates to choose."""
+    def carved(self, budget: float) -> None:
+        """The FFNs carved by closed forms, without and with gates to choose."""
+        for skip in (False, True):
+            self._carved(budget, skip)
+
+    def _carved(self, budget: float, skip: bool) -> None:
         program = capture_checkpoint(self.bench.folder)
         passes: list[Pass[Any]] = [
             p.Profile(p.ProfileConfig()),
@@ -183,18 +185,12 @@ def main() -> None:
     rows = [["seed, method", "budget", "loss", "kl", "perplexity"]]
     for seed in map(int, args.seeds.split(",")):
         r = Rows(Bench(args.model, seed, args.tokens, args.eval_tokens))
-        runs: list[Callable[[], None]] = []
         for count in map(int, args.layers.split(",")):
             budget = r.deleted(count)
-            runs += [lambda b=budget: r.gated(b)]  # type: ignore[misc]
-            runs += [lambda b=budget, s=s: r.carved(b, s) for s in (False, True)]  # type: ignore[misc]
-        for b in map(float, filter(None, args.budgets.split(","))):
-            runs += [lambda b=b, s=s: r.carved(b, s) for s in (False, True)]  # type: ignore[misc]
-        for run in runs:
-            try:
-                run()
-            except UserError as e:
-                sys.stderr.write(f"{e}\n")
+            r.gated(budget)
+            r.carved(budget)
+        for budget in map(float, filter(None, args.budgets.split(","))):
+            r.carved(budget)
         for name, budget, f in sorted(r.found, key=lambda row: -row[1]):
             figures = [f"{f['loss']:.4f}", f"{f['kl']:.4f}", f"{f['perplexity']:.2f}"]
             rows.append([f"{seed} {name}", f"{budget:.3f}", *figures])
