@@ -109,10 +109,11 @@ def skip_saving(program: Program, skips: Mapping[str, float]) -> float:
 
 
 def plan_skips(program: Program, rate: float) -> dict[str, float]:
-    """The blocks that are gated where a rate is asked for: the deep half without the last layer.
+    """The deep half without the last layer, each block at ``rate``: where gates stand at first.
 
-    Early layers matter most and the last one writes what is read out (Men et al., arXiv
-    2403.03853; FlexiDepth, arXiv 2503.23798).
+    The `carve.passes.PlaceGates` pass may move them to blocks that matter less. Early layers matter
+    most in deep models and the last one writes what is read out (Men et al., arXiv 2403.03853;
+    FlexiDepth, arXiv 2503.23798).
 
     Raises:
         UserError: the program is no decoder, or too shallow.

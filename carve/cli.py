@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--skip",
         type=_skip,
-        help="share of tokens that pass round each block of the deep half, or auto (default: 0)",
+        help="share of tokens that pass round a gated block, or auto to let the allocation choose "
+        "(default: 0, no gates)",
     )
     c.add_argument("--bits", type=int, help="16 (unquantized), 8 or 4 (default)")
     c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")

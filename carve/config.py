@@ -16,6 +16,7 @@ from typing import Any
 from carve.errors import UserError
 
 PASS_NAMES = (
+    "place_gates",
     "profile",
     "allocate",
     "carve",
@@ -43,8 +44,9 @@ class ConvertConfig:
         targets: what to emit.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
-        skip: share of tokens that pass round each block of the deep half, in [0, 1); 0 has no
-            gates, ``auto`` lets the allocation choose blocks and rates.
+        skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
+            gated as save what the deep half would; 0 has no gates, ``auto`` lets the allocation
+            choose between narrower FFNs and gates, blocks and rates.
         exact: keep the dense weights as they are: widths, routers and compensation only, so that
             every expert on is the dense model; ``effort`` has no say then.
         router: ``ridge`` or ``analytical``.

@@ -14,8 +14,48 @@ from carve.calibration import Batch
 from carve.executor import Pauses
 from carve.gates import SkipLesson
 from carve.program import Program
-from carve.sites import Gate
+from carve.sites import Block, Gate
 from carve.tuning import cosine, mixed_precision, shuffled
+
+
+def skip_losses(program: Program, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """By gated block, what skipping it costs each token at once, ``[T]``, in a lesson's order.
+
+    ``KL(p_t || q_t)`` in nats with ``p`` the next token's distribution with all gates open and
+    ``q`` with this block shut for every token; the tokens that always run are left out. An error
+    of the stream is cheaper to measure; this one knows what the rest of the model makes of it.
+    """
+    place = program.inputs.index("position_ids")
+    gated = [(b, b.gate) for b in program.gated if b.gate is not None]
+    found: dict[str, Tensor] = {}
+    for block, gate in gated:
+        program.set_gate(block, replace(gate, bias=torch.full_like(gate.bias, -1e9)))
+        parts = []
+        for batch in batches:
+            late = (batch.inputs[place] >= gate.always).reshape(-1)
+            p = program.run(*batch.inputs, gates=False)[0].flatten(0, 1)[late].log_softmax(-1)
+            q = _with_one(program, block, batch).flatten(0, 1)[late].log_softmax(-1)
+            parts.append((p.exp() * (p - q)).sum(-1))
+        program.set_gate(block, gate)
+        found[block.name] = torch.cat(parts)
+    return found
+
+
+def _with_one(program: Program, block: Block, batch: Batch) -> Tensor:
+    """Logits with the gate of ``block`` alone heard."""
+    position = batch.inputs[program.inputs.index("position_ids")]
+    steps = program.steps(*batch.inputs, pauses=Pauses(after=program.gated), only_first=True)
+    with torch.no_grad():
+        try:
+            at = next(steps)
+            while True:
+                assert at.y is not None
+                assert at.site.gate is not None
+                y = at.site.gate(at.y, at.x, position) if at.site is block else at.y
+                at = steps.send(y)
+        except StopIteration as stop:
+            logits: Tensor = stop.value[0]
+            return logits
 
 
 def train_adapter(

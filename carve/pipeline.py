@@ -40,7 +40,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         if config.router == "ridge"
         else make(p.RouteAnalytical, p.RouteAnalyticalConfig)
     )
+    placed = config.skip and config.skip != "auto"
     listed: list[Pass[Any]] = [
+        *([make(p.PlaceGates, p.PlaceGatesConfig)] if placed else []),
         make(p.Profile, p.ProfileConfig),
         make(p.Allocate, p.AllocateConfig, skip=config.skip == "auto"),
         make(p.Carve, p.CarveConfig),

@@ -140,6 +140,28 @@ def walk_blocks(
             answers.append((d.y, y))
 
 
+def set_gates(
+    program: Program,
+    batches: Sequence[Batch],
+    blocks: Sequence[Block],
+    always: int,
+    choose: Callable[[Block, SkipLesson], Gate],
+    progress: Callable[[Sequence[Block]], Iterator[Block]] = iter,
+) -> None:
+    """Give each block the gate that ``choose`` makes of its lesson; see `walk_blocks`."""
+    chosen: dict[str, Gate] = {}
+    steps = walk_blocks(program, batches, blocks, always, progress)
+    try:
+        block, lesson = next(steps)
+        while True:
+            chosen[block.name] = choose(block, lesson)
+            block, lesson = steps.send(chosen[block.name])
+    except StopIteration:
+        pass
+    for block in blocks:
+        program.set_gate(block, chosen[block.name])
+
+
 def _to_block(steps: Steps, answer: Tensor | None) -> AtSite:
     """Go on to the next block; FFNs on the way are the dense ones."""
     at = next(steps) if answer is None else steps.send(answer)

@@ -6,6 +6,7 @@ from carve.passes.compensate import Compensate, CompensateConfig
 from carve.passes.distill import Distill, DistillConfig
 from carve.passes.finetune import Finetune, FinetuneConfig
 from carve.passes.gate import GateConfig, SkipGates
+from carve.passes.place_gates import PlaceGates, PlaceGatesConfig
 from carve.passes.profile import Profile, ProfileConfig
 from carve.passes.refit import Refit, RefitConfig
 from carve.passes.route_analytical import RouteAnalytical, RouteAnalyticalConfig
@@ -23,6 +24,8 @@ __all__ = [
     "Finetune",
     "FinetuneConfig",
     "GateConfig",
+    "PlaceGates",
+    "PlaceGatesConfig",
     "Profile",
     "ProfileConfig",
     "Refit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +13,11 @@ from carve.budget import Request, Split, choose_split, cost_of, skip_saving
 from carve.calibration import limit_batches
 from carve.errors import UserError
 from carve.ffn import DenseFFN
-from carve.gates import fit_gate, skip_error
 from carve.passbase import Context, ContractError, Pass, need_notes
 from carve.program import Program
-from carve.sites import Block, FFNSite, Gate
+from carve.sites import Block, FFNSite
+from carve.skip_cost import SkipCost, measure_skips
 from carve.statistics import weights_of_size
-from carve.walk import walk_blocks
 
 MACS = "multiply-accumulates"
 
@@ -30,16 +29,17 @@ class AllocateConfig:
     ``policy``: ``measured``, or ``uniform`` to keep the widths that were planned. ``probe``: share
     of neurons kept, and of tokens skipped, where each site's effect on the whole program is
     measured. ``step``: active shares offered, in steps of it. ``tokens``: calibration tokens for
-    the errors. ``skip``: offer gates on every block but the last layer's, at the rates ``skips``;
-    there ``routing`` is what routing and training leave of a static width's loss and ``joint`` how
-    much more several gates cost than each alone (both as measured on the reference model), so that
-    the two kinds of saving are compared as they end up.
+    the errors. ``narrow``: offer narrower FFNs. ``skip``: offer gates on every block but the last
+    layer's, at the rates ``skips``; there ``routing`` is what routing and training leave of a
+    static width's loss and ``joint`` how much more several gates cost than each alone (both as
+    measured on the reference model), so that the two savings are compared as they end up.
     """
 
     policy: str = "measured"
     probe: float = 0.5
     step: float = 0.05
     tokens: int = 8192
+    narrow: bool = True
     skip: bool = False
     skips: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     routing: float = 0.6
@@ -144,7 +144,7 @@ class Allocate(Pass[AllocateConfig]):
         limit = request.limit
 
         def skipping(block: Block, rate: float) -> float:
-            return gates[block.name].loss(rate) if rate and block.name in gates else 0.0
+            return gates[block.name].loss(rate) if block.name in gates else 0.0
 
         options: dict[str, list[Option]] = {}
         for site in program.sites:
@@ -152,8 +152,7 @@ class Allocate(Pass[AllocateConfig]):
             rates = (0.0, *self.config.skips) if site.name in gates else (planned,)
             options[site.name] = [
                 Option(
-                    (1.0 - r) * narrow(site, v)
-                    + (gates[site.name].loss(r) if r and gates else 0.0),
+                    (1.0 - r) * narrow(site, v) + skipping(site, r),
                     {MACS: cost_of(site, v, request, r)},
                     (v, r),
                 )
@@ -183,26 +182,19 @@ class Allocate(Pass[AllocateConfig]):
         return found.bound
 
     def _gates(self, program: Program, context: Context) -> dict[str, SkipCost]:
-        """By block, what gates cost; the program is measured with each alone."""
+        """By block, what gates cost."""
         judge = context.judge
         assert judge is not None
-        last = {program.sites[-1].name, *(a.name for a in program.attention[-1:])}
-        blocks = [b for b in program.blocks if b.name not in last and b.gateable]
+
+        def progress(items: Sequence[Block]) -> Iterator[Block]:
+            return context.progress(items, f"{self.name} gates")
+
         batches = limit_batches(context.batches, self.config.tokens)
-        gates: dict[str, tuple[Gate, Tensor]] = {}
-        steps = walk_blocks(program, batches, blocks, 2)
-        for block, lesson in steps:
-            gate = fit_gate(lesson, self.config.probe)
-            order = gate.scores(lesson.x).argsort()
-            gates[block.name] = gate, skip_error(gate, lesson)[order].cumsum(0)
-        found: dict[str, SkipCost] = {}
-        for block in context.progress(blocks, f"{self.name} gates"):
-            gate, error = gates[block.name]
-            program.set_gate(block, gate)
-            cost = self.config.joint * max(0.0, judge(program))
-            found[block.name] = SkipCost(cost, gate.skip, error)
-            program.set_gate(block, None)
-        return found
+        alone = measure_skips(program, batches, judge, self.config.probe, progress)
+        return {
+            name: replace(c, sensitivity=self.config.joint * c.sensitivity)
+            for name, c in alone.items()
+        }
 
     def _probe_size(self, site: FFNSite) -> int:
         return max(1, round(self.config.probe * site.dense.intermediate_size))
@@ -239,7 +231,7 @@ class Allocate(Pass[AllocateConfig]):
     def _widths(self, site: FFNSite, request: Request) -> list[Split | None]:
         """Dense, and the best split for every share."""
         values: list[Split | None] = [None]
-        for i in range(1, round(1 / self.config.step)):
+        for i in range(1, round(1 / self.config.step)) if self.config.narrow else ():
             try:
                 split = choose_split(site, i * self.config.step * site.dense.macs, request)
             except UserError:  # narrower than any split
@@ -251,27 +243,6 @@ class Allocate(Pass[AllocateConfig]):
 
 def _share(site: FFNSite, split: Split | None) -> float:
     return 1.0 if split is None else split.active_size / site.dense.intermediate_size
-
-
-@dataclass(frozen=True)
-class SkipCost:
-    """What a gate on one block costs the program.
-
-    ``sensitivity``: the measured loss where a share ``probe`` of the tokens is skipped; ``error``:
-    ``[T]`` squared error added by skipping the ``t`` tokens of lowest score.
-    """
-
-    sensitivity: float
-    probe: float
-    error: Tensor
-
-    def loss(self, rate: float) -> float:
-        """``L e(rate) / e(probe)``."""
-
-        def at(share: float) -> float:
-            return float(self.error[max(0, round(share * len(self.error)) - 1)])
-
-        return self.sensitivity * at(rate) / max(at(self.probe), 1e-30)
 
 
 def narrowed(dense: DenseFFN, kept: Tensor, down: Tensor, bias: Tensor) -> DenseFFN:

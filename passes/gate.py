@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from carve.budget import BRIDGE_RANK
 from carve.calibration import limit_batches
 from carve.errors import UserError
-from carve.gate_training import train_adapter, train_scores
+from carve.gate_training import skip_losses, train_adapter, train_scores
 from carve.gates import BRIDGES, SkipLesson, fit_gate, skipped_error, with_rate
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
 from carve.sites import Block, Gate
-from carve.walk import walk_blocks
+from carve.walk import set_gates
 
 TRAINING = ("labels", "straight_through")
+LABELS = ("error", "loss")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class GateConfig:
 
     ``bridge``: one of `carve.gates.BRIDGES`; ``adapter`` is a gated FFN of a sixteenth of the
     width. ``rank``: of a low-rank bridge. ``always``: the first tokens of a sequence that always
-    run. ``tokens``: calibration tokens. ``strength``: ridge strength of the scores. ``training``:
+    run. ``tokens``: calibration tokens. ``strength``: ridge strength of the scores. ``label``: what
+    scores are fitted to, ``error`` of the stream or ``loss`` of the next token. ``training``:
     ``labels`` (closed form) or ``straight_through``, which then trains the scores end to end for
     ``steps`` steps of ``batch`` rows at Adam's ``rate`` relative to their size.
     """
@@ -33,6 +38,7 @@ class GateConfig:
     always: int = 2
     tokens: int = 32_768
     strength: float = 1e-2
+    label: str = "error"
     training: str = "labels"
     steps: int = 80
     batch: int = 4
@@ -76,6 +82,7 @@ class SkipGates(Pass[GateConfig]):
         for value, known, key in (
             (c.bridge, BRIDGES, "bridge"),
             (c.training, TRAINING, "training"),
+            (c.label, LABELS, "label"),
         ):
             if value not in known:
                 raise UserError("config", f"gate.{key} {value!r} is none of {', '.join(known)}")
@@ -87,24 +94,24 @@ class SkipGates(Pass[GateConfig]):
         c = self.config
         blocks = [b for b in program.blocks if context.skips.get(b.name)]
         batches = limit_batches(context.batches, c.tokens)
-        gates: dict[str, Gate] = {}
         errors: dict[str, float] = {}
         count = 0
-        steps = walk_blocks(
-            program, batches, blocks, c.always, lambda b: context.progress(b, self.name)
-        )
-        sent: Gate | None = None
-        try:
-            block, lesson = next(steps)
-            while True:
-                sent = self._fit(block, lesson, context)
-                gates[block.name], errors[block.name] = sent, skipped_error(sent, lesson)
-                count = len(lesson.x)
-                block, lesson = steps.send(sent)
-        except StopIteration:
-            pass
-        for block in blocks:
-            program.set_gate(block, gates[block.name])
+
+        def fit(labels: Mapping[str, Tensor]) -> None:
+            def choose(block: Block, lesson: SkipLesson) -> Gate:
+                nonlocal count
+                gate = self._fit(block, lesson, labels.get(block.name), context)
+                errors[block.name], count = skipped_error(gate, lesson), len(lesson.x)
+                return gate
+
+            def progress(items: Sequence[Block]) -> Iterator[Block]:
+                return context.progress(items, self.name)
+
+            set_gates(program, batches, blocks, c.always, choose, progress)
+
+        fit({})
+        if c.label == "loss":
+            fit(skip_losses(program, batches))
         if c.training == "straight_through" and blocks:
             train_scores(
                 program,
@@ -127,11 +134,18 @@ class SkipGates(Pass[GateConfig]):
             count,
         )
 
-    def _fit(self, block: Block, lesson: SkipLesson, context: Context) -> Gate:
+    def _fit(
+        self, block: Block, lesson: SkipLesson, label: Tensor | None, context: Context
+    ) -> Gate:
         c = self.config
-        rate = context.skips[block.name]
         gate = fit_gate(
-            lesson, rate, kind=c.bridge, rank=c.rank, always=c.always, strength=c.strength
+            lesson,
+            context.skips[block.name],
+            kind=c.bridge,
+            rank=c.rank,
+            always=c.always,
+            strength=c.strength,
+            label=label,
         )
         if c.bridge == "adapter":
             gate = train_adapter(gate, lesson, context.generator(f"adapter {block.name}"))
@@ -139,20 +153,13 @@ class SkipGates(Pass[GateConfig]):
 
     def calibrate(self, program: Program, context: Context) -> None:
         """Set all thresholds anew, each in the stream that the gates before it leave."""
-        blocks = program.gated
+
+        def choose(block: Block, lesson: SkipLesson) -> Gate:
+            assert block.gate is not None
+            return with_rate(block.gate, lesson.x, context.skips[block.name])
+
         batches = limit_batches(context.batches, self.config.tokens)
-        moved: dict[str, Gate] = {}
-        steps = walk_blocks(program, batches, blocks, self.config.always)
-        try:
-            block, lesson = next(steps)
-            while True:
-                assert block.gate is not None
-                moved[block.name] = with_rate(block.gate, lesson.x, context.skips[block.name])
-                block, lesson = steps.send(moved[block.name])
-        except StopIteration:
-            pass
-        for block in blocks:
-            program.set_gate(block, moved[block.name])
+        set_gates(program, batches, program.gated, self.config.always, choose)
 
     def ensures(self, program: Program, context: Context) -> None:
         """Every planned block has its gate."""

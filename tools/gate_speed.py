@@ -33,11 +33,11 @@ from carve.budget import plan_skips
 from carve.calibration import decoder_batches
 from carve.capture import capture_transformers
 from carve.emit.onnx import emit
-from carve.gates import with_rate
+from carve.gates import SkipLesson, with_rate
 from carve.program import Program
 from carve.report import table
-from carve.sites import Gate
-from carve.walk import walk_blocks
+from carve.sites import Block, Gate
+from carve.walk import set_gates
 
 VOCAB = 2048
 
@@ -63,24 +63,16 @@ def gate(program: Program, rate: float, rank: int, ids: list[int]) -> None:
     planned = plan_skips(program, rate)
     blocks = [b for b in program.blocks if b.name in planned]
     batches = decoder_batches(program, torch.tensor([ids]), 1)
-    steps = walk_blocks(program, batches, blocks, 2)
-    found: dict[str, Gate] = {}
-    try:
-        block, lesson = next(steps)
-        while True:
-            d = lesson.x.shape[1]
 
-            def noise(*shape: int) -> torch.Tensor:
-                return 1e-3 * torch.randn(*shape, generator=generator)
+    def noise(*shape: int) -> torch.Tensor:
+        return 1e-3 * torch.randn(*shape, generator=generator)
 
-            bridge = (noise(rank, d), None, noise(d, rank), noise(d)) if rank else (None,) * 4
-            made = Gate(noise(d), torch.zeros(1), *bridge)
-            found[block.name] = with_rate(made, lesson.x, rate)
-            block, lesson = steps.send(found[block.name])
-    except StopIteration:
-        pass
-    for b in blocks:
-        program.set_gate(b, found[b.name])
+    def choose(block: Block, lesson: SkipLesson) -> Gate:
+        d = lesson.x.shape[1]
+        bridge = (noise(rank, d), None, noise(d, rank), noise(d)) if rank else (None,) * 4
+        return with_rate(Gate(noise(d), torch.zeros(1), *bridge), lesson.x, rate)
+
+    set_gates(program, batches, blocks, 2, choose)
 
 
 class Timed:

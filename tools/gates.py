@@ -9,8 +9,8 @@ brought to the same budget:
 
 - ShortGPT: the layers of lowest block influence ``1 - cos(h_in, h_out)`` are deleted;
 - attention drop (arXiv 2406.15786): attention of lowest influence is deleted, as far as it goes;
-- gates: carve's, on the deep half without the last layer, at the rate that gives the budget;
-- random mask: the same gates and bridges, but the scores know nothing, at the same rate;
+- gates: carve's, on the blocks and at the rates that the allocation chooses, FFNs dense;
+- random mask: the same gates and bridges, but the scores know nothing, at the same rates;
 - carve: the FFNs carved, closed forms only; carve + gates: the allocation chooses among both.
 
 ``loss`` is the increase of log-perplexity on held-out text. The blocks of deleted layers count as
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import Bench
 
 from carve import passes as p
-from carve.budget import gate_macs, make_request, plan_skips, plan_widths
+from carve.budget import make_request, plan_widths
 from carve.capture import capture_checkpoint
 from carve.executor import Pauses
 from carve.passbase import Context, Pass, PassManager
@@ -125,29 +125,24 @@ class Rows:
         return budget
 
     def gated(self, budget: float) -> None:
-        """carve's gates, and the same with scores that know nothing."""
+        """carve's gates alone, and the same with scores that know nothing."""
         program = capture_checkpoint(self.bench.folder)
-        planned = [b for b in program.blocks if b.name in plan_skips(program, 0.5)]
-        whole = sum(b.skippable_macs for b in planned)
-        need = (1.0 - budget) * program.dense_macs + sum(gate_macs(b) for b in planned)
-        rate = need / whole
-        if rate >= 0.98:
-            sys.stderr.write(f"gates on the deep half cannot reach budget {budget:.3f}\n")
-            return
-        context = self.context(program, 1.0)
-        context.skips = plan_skips(program, rate)
-        PassManager([p.SkipGates(p.GateConfig())])(program, context)
+        context = self.context(program, budget)
+        config = p.AllocateConfig(skip=True, narrow=False)
+        PassManager(
+            [p.Profile(p.ProfileConfig()), p.Allocate(config), p.SkipGates(p.GateConfig())]
+        )(program, context)
         share = realised_share(program, self.bench.held[:4])
-        self.add(f"gates, {rate:.0%} skipped", share["budget"], program)
+        name = f"{len(program.gated)} gates, {share['skip']:.0%} skipped"
+        self.add(name, share["budget"], program)
         for i, block in enumerate(program.gated):
             assert block.gate is not None
             generator = torch.Generator().manual_seed(i)
-            # Another weight for each dimension, but none that was fitted.
             noise = torch.randn(block.gate.weight.shape, generator=generator)
             program.set_gate(block, replace(block.gate, weight=noise))
         p.SkipGates(p.GateConfig()).calibrate(program, context)
         share = realised_share(program, self.bench.held[:4])
-        self.add("random mask, same rate", share["budget"], program)
+        self.add("random mask, same rates", share["budget"], program)
 
     def carved(self, budget: float) -> None:
         """The FFNs carved by closed forms, without and with gates to choose."""

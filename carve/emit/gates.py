@@ -2,16 +2,16 @@
 
 Around each gated block the graph becomes::
 
-    d = x g + t                                     # scores, [B, S, 1]
-    y, present = If(max(d) > 0)
-        then: rows = those with d > 0               # one token: all of them, nothing is copied
+    score = x g                                    # [B, S, 1]
+    y, present = If(any(score > bar))
+        then: rows = those with score > bar        # one token: all of them, nothing is copied
               y = bridge(x), at rows: block(x[rows])
         else: y = bridge(x)
 
 so decoding a skipped token runs the bridge alone, and a prompt's work follows the share of its
 tokens that run. Keys and values are computed outside; attention writes them to the cache in both
 branches, in the second by an operator with as few heads as it takes. All weights stay in the outer
-graph, and each is read by one node, for kernels keep a packed copy a node.
+graph, and each of the block's is read by one node, for kernels keep a packed copy a node.
 """
 
 from __future__ import annotations

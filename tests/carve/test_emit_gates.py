@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import carve_runtime
 import numpy as np
@@ -155,7 +156,8 @@ def _after(block: object) -> object:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> carve.Artifact:
     folder = tmp_path_factory.mktemp("gates")
     source = tiny.save_checkpoint(folder / "deep", layers=6)
-    passes = {"carve": {"tokens": 512}, "gate": {"rank": 8}}
+    passes: dict[str, Any] = {"carve": {"tokens": 512}, "gate": {"rank": 8}}
+    passes["place_gates"] = {"blocks": "deep"}
     return carve.convert(
         source,
         folder / "out",

@@ -19,7 +19,16 @@ from carve.errors import UserError
 from carve.evaluate import Evaluator
 from carve.gates import SkipLesson, fit_gate, reduced_rank, skip_error, skipped_error, with_rate
 from carve.passbase import Context, PassManager
-from carve.passes import Allocate, AllocateConfig, GateConfig, Profile, ProfileConfig, SkipGates
+from carve.passes import (
+    Allocate,
+    AllocateConfig,
+    GateConfig,
+    PlaceGates,
+    PlaceGatesConfig,
+    Profile,
+    ProfileConfig,
+    SkipGates,
+)
 from carve.program import Program
 from carve.realised import realised_share, realised_skips
 from carve.sites import Gate
@@ -226,6 +235,27 @@ def test_which_blocks_are_gated(deep: Path) -> None:
     assert plan_skips(setting.program, 0.0) == {}
 
 
+def test_gates_stand_where_they_cost_least(deep: Path) -> None:
+    setting = Setting(deep, 0.25)
+    program, context = setting.program, setting.context
+    cheap = {f"model.layers.{i}.mlp" for i in range(3)}  # they save more than the deep half would
+
+    def judge(p: Program, replaced: Any = None, /) -> float:
+        return 0.1 if any(b.name in cheap for b in p.gated) else 0.3
+
+    context.judge = judge
+    planned = dict(context.skips)
+    (result,) = PassManager([PlaceGates(PlaceGatesConfig(tokens=1000))])(program, context)
+    found = result.metrics
+    assert cheap == found["skips"].keys() == context.skips.keys()
+    assert set(found["skips"].values()) == {0.25}
+    assert found["predicted"] < found["predicted_deep"]
+    assert len(found["sensitivity"]) == 10  # all but the last layer
+    size = {b.name: b.skippable_macs for b in program.blocks}
+    assert sum(size[n] for n in found["skips"]) >= sum(size[n] for n in planned)
+    assert not program.gated
+
+
 @pytest.mark.parametrize("rate", [0.25, 0.5])
 def test_the_asked_rate_is_the_realised_one(deep: Path, rate: float) -> None:
     setting = Setting(deep, rate)
@@ -257,7 +287,8 @@ def test_fitted_gates_lose_less_than_chance(deep: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"training": "straight_through", "steps": 4}, {"bridge": "adapter"}]
+    "options",
+    [{"training": "straight_through", "steps": 4}, {"bridge": "adapter"}, {"label": "loss"}],
 )
 def test_options_keep_the_rate(deep: Path, options: dict[str, Any]) -> None:
     setting = Setting(deep, 0.3)
@@ -270,14 +301,14 @@ def test_options_keep_the_rate(deep: Path, options: dict[str, Any]) -> None:
         assert mine is not None
         assert theirs is not None
         assert (theirs.bridge_gate is not None) == ("bridge" in options)
-        if "training" in options:
+        if "bridge" not in options:
             assert not torch.equal(mine.weight, theirs.weight)
     assert other.evaluator.loss(other.program) < 2 * setting.evaluator.loss(setting.program)
 
 
 def test_unknown_options_are_refused(deep: Path) -> None:
     setting = Setting(deep, 0.3)
-    for options in ({"bridge": "rope"}, {"training": "magic"}):
+    for options in ({"bridge": "rope"}, {"training": "magic"}, {"label": "a"}):
         with pytest.raises(UserError, match="is none of"):
             setting.run(**options)
 
