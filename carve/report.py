@@ -53,6 +53,12 @@ def render(report: dict[str, Any]) -> str:
         table(head),
         "",
     ]
+    skip = report.get("skip") or {}
+    if skip.get("blocks"):
+        lines[1:1] = [
+            f"skipped tokens asked {skip['asked']}, realised {skip['realised']:.3f} of the tokens "
+            f"at {len(skip['blocks'])} gated blocks"
+        ]
     encoder = any("cosine_mean" in (p["quality"] or {}) for p in report["passes"])
     names = ["cosine_mean", "cosine_p5"] if encoder else ["perplexity", "kl", "top1_agreement"]
     rows = [["pass", "seconds", "peak MB", *names]]
@@ -77,7 +83,28 @@ def render(report: dict[str, Any]) -> str:
         )
     lines.append(table(rows))
     lines += _allocation(report)
+    lines += _gates(report)
     return "\n".join(lines)
+
+
+def _gates(report: dict[str, Any]) -> list[str]:
+    """What every gate was asked, what it does on held-out text, and what it leaves behind."""
+    found = next((p["metrics"] for p in report["passes"] if p["name"] == "gate"), None)
+    realised = (report.get("skip") or {}).get("blocks")
+    if not found or not realised:
+        return []
+    rows = [["gated block", "asked", "skipped, held-out", "bridge", "error it adds"]]
+    for name, share in realised.items():
+        rows.append(
+            [
+                name,
+                f"{found['asked'][name]:.3f}",
+                f"{share:.3f}",
+                found["bridge"][name],
+                f"{found['error'][name]:.4f}",
+            ]
+        )
+    return ["", table(rows)]
 
 
 def _allocation(report: dict[str, Any]) -> list[str]:
