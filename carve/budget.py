@@ -21,8 +21,8 @@ BLOCK = (
 BRIDGE_RANK = 32
 """Width of a gate's low-rank bridge, see `carve.gates`."""
 SKIP_TRUST = 0.88
-"""Share of the asked skip rate that a budget counts on: other text may skip a point or two less, and
-the tokens that skip are those that would have taken fewer experts."""
+"""Share of the asked skip rate that a budget counts on: other text may skip a point or two less,
+and the tokens that skip are those that would have taken fewer experts."""
 
 
 @dataclass(frozen=True)

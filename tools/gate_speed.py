@@ -7,7 +7,8 @@ Usage::
 The layers of the deep half without the last are gated, attention and FFN apart, with random scores
 whose thresholds are set on the very tokens that are timed. ``share`` is what the gated layers cost
 when nothing is gated: the time of the model less that of the model without these layers (norms,
-keys and values counted, which gates cannot save). ``saved`` is the time saved over ``rate x share``
+keys and values counted, which gates cannot save; with ``--ffn-only`` it is that of a model whose
+FFNs there are deleted). ``saved`` is the time saved over ``rate x share``
 at the rate that was really skipped, each gate weighed by its multiply-accumulates. All models run
 in turn in one process; medians of ratios.
 """
@@ -36,7 +37,7 @@ from carve.emit.onnx import emit
 from carve.gates import SkipLesson, with_rate
 from carve.program import Program
 from carve.report import table
-from carve.sites import Block, Gate
+from carve.sites import Block, FFNSite, Gate
 from carve.walk import set_gates
 
 VOCAB = 2048
@@ -57,11 +58,13 @@ def build(layers: int) -> Program:
     return capture_transformers(hf.LlamaForCausalLM(config).to(torch.bfloat16))
 
 
-def gate(program: Program, rate: float, rank: int, ids: list[int]) -> None:
+def gate(program: Program, rate: float, rank: int, ids: list[int], ffn_only: bool) -> None:
     """Random gates whose thresholds skip ``rate`` of the tokens ``ids``."""
     generator = torch.Generator().manual_seed(1)
     planned = plan_skips(program, rate)
-    blocks = [b for b in program.blocks if b.name in planned]
+    ffns = {s.name for s in program.sites}
+    wanted = planned.keys() & ffns if ffn_only else planned.keys()
+    blocks = [b for b in program.blocks if b.name in wanted]
     batches = decoder_batches(program, torch.tensor([ids]), 1)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -75,6 +78,22 @@ def gate(program: Program, rate: float, rank: int, ids: list[int]) -> None:
     set_gates(program, batches, blocks, 2, choose)
 
 
+def without(program: Program, count: int, ffn_only: bool) -> Program:
+    """The model without what is gated: ``count`` layers, or their FFNs."""
+    if not ffn_only:
+        return build(len(program.sites) - count)
+    for block in [b for b in program.gated if isinstance(b, FFNSite)]:
+        program.set_gate(block, None)
+        zero = program.module.graph
+        with zero.inserting_after(block.output):
+            nothing = zero.call_function(torch.ops.aten.zeros_like.default, (block.input,))
+        nothing.meta.update(block.output.meta)
+        block.output.replace_all_uses_with(nothing)
+        program.sites.remove(block)
+    program.clean()
+    return program
+
+
 class Timed:
     """One emitted model."""
 
@@ -85,12 +104,12 @@ class Timed:
         gates = tuple(GateInfo(b.name, b.gate.skip) for b in program.gated if b.gate)
         self.macs = [b.skippable_macs for b in program.gated]
         self.info = ModelInfo(
-            VOCAB, 2048, None, (), len(program.sites), 4, 64, True, None, False, gates
+            VOCAB, 2048, None, (), len(program.attention), 4, 64, True, None, False, gates
         )
 
-    def run(self, ids: list[int], context: int) -> tuple[float, float]:
+    def run(self, ids: list[int], context: int, gates: str = "token") -> tuple[float, float]:
         """Seconds of the prompt ``ids[:context]``, and a token of the steps after it."""
-        session = Session(self.engine, self.info)
+        session = Session(self.engine, self.info, gates=gates)
         began = time.perf_counter()
         session.step(ids[:context])
         prefill = time.perf_counter() - began
@@ -126,6 +145,7 @@ def main() -> None:
     a.add_argument("--bits", type=int, default=4)
     a.add_argument("--rates", default="0.25,0.5")
     a.add_argument("--rank", type=int, default=32, help="of the bridges; 0 for identity")
+    a.add_argument("--ffn-only", action="store_true", help="no gates on attention")
     a.add_argument("--tokens", type=int, default=64)
     a.add_argument("--context", type=int, default=256, help="tokens of the prompt")
     a.add_argument("--rounds", type=int, default=9)
@@ -139,23 +159,27 @@ def main() -> None:
         count = len(plan_skips(program, 0.5)) // 2
         models = {"without gates": Timed(program, folder, "base", args.bits, args.threads)}
         for rate in (*rates, 1.0):
-            gate(program, rate, args.rank, ids)
+            gate(program, rate, args.rank, ids, args.ffn_only)
             name = f"gates, {rate:.0%} asked"
             models[name] = Timed(program, folder, str(rate), args.bits, args.threads)
+        fewer = without(program, count, args.ffn_only)
         del program
-        fewer = build(args.layers - count)
         models["without the layers"] = Timed(fewer, folder, "fewer", args.bits, args.threads)
         del fewer
+        opened = "gates, all open"
+        models[opened] = models[f"gates, {rates[0]:.0%} asked"]
         times: dict[str, list[tuple[float, float]]] = {n: [] for n in models}
         for i in range(args.rounds + 1):
             for name in list(models) if i % 2 else list(models)[::-1]:
-                found = models[name].run(ids, args.context)
+                mode = "off" if name == opened else "token"
+                found = models[name].run(ids, args.context, mode)
                 time.sleep(0.1)  # idle pools spin for a while after a run
                 if i:
                     times[name].append(found)
         rows = [["model", "decode ms", "skipped", "saved", "prefill ms", "skipped", "saved"]]
         for name, model in models.items():
-            prompt, generated = model.skipped(ids, args.context)
+            skips = (0.0, 0.0) if name == opened else model.skipped(ids, args.context)
+            prompt, generated = skips
             cells = [name]
             for which, rate in ((1, generated), (0, prompt)):
                 own = [t[which] for t in times[name]]

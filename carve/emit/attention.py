@@ -225,13 +225,17 @@ def _gated_inputs(
     if found is None:
         return None
     (q, k, v), rotation = found
-    values = []
-    for linear in (q, k, v):
-        weight, bias = linear_weights(linear, weights)
-        x = rows.x if linear is q else given(linear.inputs[0])
-        y = b.linear(node, x, linear_name(linear), weight, bias)
-        values.append(rows.spread(node, y, len(weight)) if linear is q else y)
-    return _Inputs(values[0], values[1], values[2], rotation)
+    pairs = [linear_weights(n, weights) for n in (q, k, v)]
+    (wq, bq), *both = pairs
+    biases = [bias for _, bias in both if bias is not None]
+    if len(biases) == 1:
+        return None
+    query = b.linear(node, rows.x, linear_name(q), wq, bq)
+    name = linear_name(k).rpartition(".")[0] + ".kv"
+    x, bias = given(k.inputs[0]), torch.cat(biases) if biases else None
+    joint = b.linear(node, x, name, torch.cat([w for w, _ in both]), bias)
+    key, value = b.op(node, "Split", [joint], outputs=2, axis=-1, num_outputs=2)
+    return _Inputs(rows.spread(node, query, len(wq)), key, value, rotation)
 
 
 def linear_name(linear: ir.Node) -> str:

@@ -41,8 +41,9 @@ Branch = list[ir.Node]
 class Rows:
     """The tokens of one gated block that run, while its branch is being built.
 
-    ``x`` ``[R, d]`` are their inputs. Where only one token is there, taking and putting back rows
-    is left out, which decoding would feel.
+    ``x`` ``[R, d]`` are their inputs, ``hit`` ``[B S]`` says which they are. Rows are taken by
+    ``Compress``; putting them back is a branch of its own, left out where only one token is there,
+    for decoding would feel it.
     """
 
     b: Builder
@@ -55,19 +56,23 @@ class Rows:
         """The running tokens' inputs, ``[R, d]``."""
         return self.node.outputs[0]
 
+    @property
+    def hit(self) -> ir.Value:
+        """``[B S]`` bool."""
+        return self.node.outputs[1]
+
     def take(self, at: ir.Node, value: ir.Value, width: int) -> Any:
         """Rows ``[R, w]`` of ``value`` ``[B, S, w]``."""
-        return self.b.op(at, "Take", [value, self.node.outputs[1]], domain=ROWS_DOMAIN, width=width)
+        return self.b.op(at, "Take", [value, self.hit], domain=ROWS_DOMAIN, width=width)
 
     def tie(self, at: ir.Node, value: ir.Value) -> Any:
         """``value`` as it is, computed inside the gate from here on."""
-        return self.b.op(at, "Tie", [value, self.node.outputs[1]], domain=ROWS_DOMAIN)
+        return self.b.op(at, "Tie", [value, self.hit], domain=ROWS_DOMAIN)
 
     def spread(self, at: ir.Node, value: ir.Value, width: int) -> Any:
         """``[B, S, w]`` with the rows ``value`` ``[R, w]``, zero elsewhere."""
-        return self.b.op(
-            at, "Spread", [value, self.node.outputs[1], self.full], domain=ROWS_DOMAIN, width=width
-        )
+        inputs: list[ir.Value | None] = [value, self.hit, self.full]
+        return self.b.op(at, "Spread", inputs, domain=ROWS_DOMAIN, width=width)
 
 
 class GateLowering:
@@ -180,13 +185,13 @@ class GateLowering:
         replace(node, [values[0]])
         self.graph.remove([rows.node, *inner])
         then: Branch = []
-        index = self._expand(then, rows.node)[1]
+        hit = self._expand(then, rows.node)[1]
         for n in inner:
             if n.domain == ROWS_DOMAIN:
                 self._expand(then, n)
             else:
                 then.append(n)
-        y = self._put_back(then, y, index, x, block, gate)
+        y = self._put_back(then, y, hit, x, block, gate)
         owner = _producer(values[0])
         owner.attributes["then_branch"] = ir.AttrGraph(
             "then_branch", _subgraph(then, [y, *results], f"{rows.scope}_run")
@@ -196,85 +201,69 @@ class GateLowering:
         )
 
     def _expand(self, branch: Branch, n: ir.Node) -> list[Any]:
-        """A placeholder on rows as an ``If`` on whether there is but one token; its values."""
+        """The operators that a placeholder on rows stands for; its values."""
         b = self.b
-        some: Branch = []
-        alone: Branch = []
+        first = given(n.inputs[0])
         if n.op_type == "Tie":
-            ir.convenience.replace_all_uses_with(n.outputs[0], given(n.inputs[0]))
-            n.replace_input_with(0, None)
-            n.replace_input_with(1, None)
-            return []
-        width = n.attributes["width"].as_int()
-        if n.op_type == "Rows":
-            x, hit = given(n.inputs[0]), given(n.inputs[1])
+            values = [first]
+        elif n.op_type == "Rows":
             flat = b.const("carve_flat", np.array([-1]))
-            hits = b.op(some, "NonZero", [b.op(some, "Reshape", [hit, flat])])
-            index = b.op(some, "Squeeze", [hits, b.const("carve_axis0", np.array([0]))])
-            taken = [b.op(some, "Gather", [self._flat(some, x, width), index], axis=0), index]
-            none = b.const("carve_row0", np.array([0]))
-            whole = [self._flat(alone, x, width), b.op(alone, "Identity", [none])]
-            for each in (taken[1], whole[1]):
-                each.type = ir.TensorType(ir.DataType.INT64)
+            hit = b.op(branch, "Reshape", [given(n.inputs[1]), flat])
+            values = [self._take(branch, first, hit, n), hit]
         elif n.op_type == "Take":
-            value, index = given(n.inputs[0]), given(n.inputs[1])
-            taken = [b.op(some, "Gather", [self._flat(some, value, width), index], axis=0)]
-            whole = [self._flat(alone, value, width)]
+            values = [self._take(branch, first, given(n.inputs[1]), n)]
         else:
-            value, index, full = (given(v) for v in n.inputs)
+            hit, full, width = (
+                given(n.inputs[1]),
+                given(n.inputs[2]),
+                n.attributes["width"].as_int(),
+            )
+            some: Branch = []
             shape = self._shape(some, full, width)
             blank = b.op(some, "ConstantOfShape", [shape])
-            taken = [self._scatter(some, blank, index, value, shape, width)]
-            one = b.const(f"carve_single{width}", np.array([1, 1, width]))
-            whole = [b.op(alone, "Reshape", [value, one])]
-        values = self._if_single(branch, n.name or n.op_type, whole, taken, alone, some)
+            taken = self._scatter(some, blank, hit, first, shape, width)
+            values = [self._unless_single(branch, n.name or "rows", first, taken, some, width)]
         for old, new in zip(n.outputs, values, strict=True):
             ir.convenience.replace_all_uses_with(old, new)
         for place in range(len(n.inputs)):
             n.replace_input_with(place, None)
         return values
 
-    def _if_single(
-        self,
-        branch: Branch,
-        name: str,
-        whole: list[Any],
-        taken: list[Any],
-        alone: Branch,
-        some: Branch,
-    ) -> list[Any]:
-        """``whole`` where the batch is one token, else ``taken``."""
-        made = self.b.op(
+    def _take(self, branch: Branch, value: ir.Value, hit: ir.Value, n: ir.Node) -> Any:
+        flat = self._flat(branch, value, n.attributes["width"].as_int())
+        return self.b.op(branch, "Compress", [flat, hit], axis=0)
+
+    def _unless_single(
+        self, branch: Branch, name: str, rows: Any, taken: Any, some: Branch, width: int
+    ) -> Any:
+        """``taken`` of the branch ``some``, or ``rows`` as they are where there is one token."""
+        alone: Branch = []
+        one = self.b.const(f"carve_single{width}", np.array([1, 1, width]))
+        whole = self.b.op(alone, "Reshape", [rows, one])
+        return self.b.op(
             branch,
             "If",
             [self.single],
-            outputs=len(whole),
-            then_branch=_subgraph(alone, whole, f"{name}_one"),
-            else_branch=_subgraph(some, taken, f"{name}_some"),
+            then_branch=_subgraph(alone, [whole], f"{name}_one"),
+            else_branch=_subgraph(some, [taken], f"{name}_some"),
         )
-        return [made] if len(whole) == 1 else list(made)
 
     def _put_back(
-        self, branch: Branch, y: ir.Value, index: ir.Value, x: ir.Value, block: Block, gate: Gate
+        self, branch: Branch, y: ir.Value, hit: ir.Value, x: ir.Value, block: Block, gate: Gate
     ) -> Any:
         """``[B, S, d_out]``: the rows ``y`` ``[R, d_out]`` where tokens ran, else the bridge."""
-        b = self.b
         width = int(block.output.meta["val"].shape[-1])
         some: Branch = []
-        alone: Branch = []
         shape = self._shape(some, x, width)
         base = self._bridge(some, x, block, gate)
-        taken = self._scatter(some, base, index, y, shape, width)
-        one = b.const(f"carve_single{width}", np.array([1, 1, width]))
-        whole = b.op(alone, "Reshape", [y, one])
-        return self._if_single(branch, f"{block.name}.rows", [whole], [taken], alone, some)[0]
+        taken = self._scatter(some, base, hit, y, shape, width)
+        return self._unless_single(branch, f"{block.name}.rows", y, taken, some, width)
 
     def _scatter(
-        self, branch: Branch, base: Any, index: Any, rows: Any, shape: Any, width: int
+        self, branch: Branch, base: Any, hit: Any, rows: Any, shape: Any, width: int
     ) -> Any:
         b = self.b
-        last = b.const("carve_last_axis", np.array([-1]))
-        at = b.op(branch, "Unsqueeze", [index, last])
+        at = b.op(branch, "Transpose", [b.op(branch, "NonZero", [hit])], perm=[1, 0])
         put = b.op(branch, "ScatterND", [self._flat(branch, base, width), at, rows])
         return b.op(branch, "Reshape", [put, shape])
 
