@@ -147,6 +147,11 @@ def test_huge_manifest(copy: Path) -> None:
         {"model": {"eos_token_ids": 1}},
         {"model": {"pooling": "max"}},
         {"model": {"shared_cache": 1}},
+        {"model": {"gates": {}}},
+        {"model": {"gates": ["mlp"]}},
+        {"model": {"gates": [{"name": 1, "skip": 0.5}]}},
+        {"model": {"gates": [{"name": "mlp", "skip": 1.5}]}},
+        {"model": {"gates": [{"name": "mlp", "skip": float("nan")}]}},
         {"kind": "decoder", "model": {}},
     ],
 )
@@ -241,3 +246,10 @@ def test_onnxruntime_reports_nothing(artifacts: dict[str, Path], tmp_path: Path)
     code = f"import carve_runtime; carve_runtime.load({str(artifacts['module'])!r})"
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     assert not list(tmp_path.rglob("*"))
+
+
+def test_gates_that_the_graph_has_not(copy: Path) -> None:
+    sound = read_manifest(copy)
+    gates = {"gates": [{"name": "mlp", "skip": 0.5}]}
+    write_manifest(copy, sound | {"model": sound["model"] | gates})
+    assert "gate_shift" in refused(copy, "model").message
