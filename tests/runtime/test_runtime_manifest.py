@@ -248,7 +248,8 @@ def test_onnxruntime_reports_nothing(artifacts: dict[str, Path], tmp_path: Path)
     assert not list(tmp_path.rglob("*"))
 
 
-def test_gates_that_the_graph_has_not(copy: Path) -> None:
+def test_gates_that_the_graph_has_not(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(artifacts["shared"], tmp_path / "copy"))
     sound = read_manifest(copy)
     gates = {"gates": [{"name": "mlp", "skip": 0.5}]}
     write_manifest(copy, sound | {"model": sound["model"] | gates})
