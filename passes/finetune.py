@@ -86,7 +86,7 @@ class Finetune(Pass[FinetuneConfig]):
             }
             order = list(self._order(sizes, context))
             seen = sum(sizes[i] for i in order)
-            state = self._state(models, batches, context)
+            state = self._state(program, models, batches, context)
             plan = [batches[i] for i in order]
             resumed = self._train(program, models, plan, state, losses, context)
             for site in program.carved:
@@ -114,6 +114,7 @@ class Finetune(Pass[FinetuneConfig]):
 
     def _state(
         self,
+        program: Program,
         models: dict[str, MaskedFFN],
         batches: list[Batch],
         context: Context,
@@ -124,6 +125,9 @@ class Finetune(Pass[FinetuneConfig]):
         for name, model in models.items():
             digest.update(name.encode())
             for tensor in model.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+        for block in program.gated:
+            for tensor in () if block.gate is None else block.gate.tensors().values():
                 digest.update(tensor.numpy().tobytes())
         for b in batches:
             digest.update(b.inputs[0].numpy().tobytes())
@@ -167,7 +171,9 @@ class Finetune(Pass[FinetuneConfig]):
         dense = {s.name: s.dense for s in program.sites}
         with mixed_precision():
             with torch.no_grad():
-                want = program.differentiable(*batch.inputs, replace=dense, only_first=True)[0]
+                want = program.differentiable(
+                    *batch.inputs, replace=dense, only_first=True, gates=False
+                )[0]
             have = program.differentiable(*batch.inputs, replace=models, only_first=True)[0]
         want, have = want.float(), have.float()
         if program.kind == "decoder":

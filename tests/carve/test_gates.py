@@ -22,6 +22,8 @@ from carve.passbase import Context, PassManager
 from carve.passes import (
     Allocate,
     AllocateConfig,
+    Finetune,
+    FinetuneConfig,
     GateConfig,
     PlaceGates,
     PlaceGatesConfig,
@@ -372,3 +374,13 @@ def test_the_allocation_skips_what_costs_nothing(deep: Path, costly: str) -> Non
     )
     room = sum(context.skips.get(a.name, 0.0) * a.query_macs for a in program.attention)
     assert used <= context.request.limit + room
+
+
+def test_the_last_pass_is_taught_by_the_model_without_gates(deep: Path) -> None:
+    setting = Setting(deep, 0.0)
+    program, batch = setting.program, setting.held[0].rows(0, 2)
+    dense: dict[str, Any] = {s.name: s.dense for s in program.sites}
+    finetune = Finetune(FinetuneConfig())
+    assert float(finetune._loss(program, dense, batch)) < 1e-3
+    tiny.gate(program, "low_rank")
+    assert float(finetune._loss(program, dense, batch)) > 0.05
