@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from carve.calibration import Batch
 from carve.executor import Pauses
 from carve.gates import SkipLesson
 from carve.program import Program
-from carve.sites import Block, Gate
+from carve.sites import AtSite, Gate
 from carve.tuning import cosine, mixed_precision, shuffled
 
 
@@ -26,36 +27,30 @@ def skip_losses(program: Program, batches: Sequence[Batch]) -> dict[str, Tensor]
     of the stream is cheaper to measure; this one knows what the rest of the model makes of it.
     """
     place = program.inputs.index("position_ids")
-    gated = [(b, b.gate) for b in program.gated if b.gate is not None]
-    found: dict[str, Tensor] = {}
-    for block, gate in gated:
-        program.set_gate(block, replace(gate, bias=torch.full_like(gate.bias, -1e9)))
-        parts = []
-        for batch in batches:
-            late = (batch.inputs[place] >= gate.always).reshape(-1)
-            p = program.run(*batch.inputs, gates=False)[0].flatten(0, 1)[late].log_softmax(-1)
-            q = _with_one(program, block, batch).flatten(0, 1)[late].log_softmax(-1)
-            parts.append((p.exp() * (p - q)).sum(-1))
-        program.set_gate(block, gate)
-        found[block.name] = torch.cat(parts)
-    return found
+    parts: dict[str, list[Tensor]] = {b.name: [] for b in program.gated}
+    for batch in batches:
+        position = batch.inputs[place]
+        with torch.no_grad():
+            p = program.run(*batch.inputs, gates=False)[0].flatten(0, 1).log_softmax(-1)
+            for block in program.gated:
+                assert block.gate is not None
+                shut = replace(block.gate, bias=torch.full_like(block.gate.bias, -1e9))
+                logits = program.answered(
+                    *batch.inputs,
+                    pauses=Pauses(after=[block], gates=False),
+                    answer=partial(_through, shut, position),
+                    only_first=True,
+                )[0]
+                q = logits.flatten(0, 1).log_softmax(-1)
+                late = (position >= shut.always).reshape(-1)
+                parts[block.name].append((p.exp() * (p - q)).sum(-1)[late])
+    return {name: torch.cat(each) for name, each in parts.items()}
 
 
-def _with_one(program: Program, block: Block, batch: Batch) -> Tensor:
-    """Logits with the gate of ``block`` alone heard."""
-    position = batch.inputs[program.inputs.index("position_ids")]
-    steps = program.steps(*batch.inputs, pauses=Pauses(after=program.gated), only_first=True)
-    with torch.no_grad():
-        try:
-            at = next(steps)
-            while True:
-                assert at.y is not None
-                assert at.site.gate is not None
-                y = at.site.gate(at.y, at.x, position) if at.site is block else at.y
-                at = steps.send(y)
-        except StopIteration as stop:
-            logits: Tensor = stop.value[0]
-            return logits
+def _through(gate: Gate, position: Tensor, at: AtSite) -> Tensor:
+    """The block's result behind ``gate``."""
+    assert at.y is not None
+    return gate(at.y, at.x, position)
 
 
 def train_adapter(
@@ -164,21 +159,22 @@ def _forward(
     position: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Logits, and each gate's share of running tokens, with their gradients."""
-    steps = program.steps(*inputs, pauses=Pauses(after=program.gated), only_first=True)
     shares: list[Tensor] = []
-    try:
-        at = next(steps)
-        while True:
-            gate = at.site.gate
-            assert gate is not None
-            assert at.y is not None
-            s = scores[at.site.name](at.x.float()).squeeze(-1)
-            soft = torch.sigmoid(s / s.detach().std().clamp_min(1e-6))
-            late = position >= gate.always
-            hard = (s.detach() > 0) | ~late
-            mask = hard.float() + (soft - soft.detach()) * late
-            shares.append(mask[late].mean())
-            other = gate.bridge(at.x)
-            at = steps.send(other + mask[..., None] * (at.y - other))
-    except StopIteration as stop:
-        return stop.value[0], torch.stack(shares)
+
+    def answer(at: AtSite) -> Tensor:
+        gate = at.site.gate
+        assert gate is not None
+        assert at.y is not None
+        s = scores[at.site.name](at.x.float()).squeeze(-1)
+        soft = torch.sigmoid(s / s.detach().std().clamp_min(1e-6))
+        late = position >= gate.always
+        hard = (s.detach() > 0) | ~late
+        mask = hard.float() + (soft - soft.detach()) * late
+        shares.append(mask[late].mean())
+        other = gate.bridge(at.x)
+        y: Tensor = other + mask[..., None] * (at.y - other)
+        return y
+
+    pauses = Pauses(after=program.gated)
+    logits = program.answered(*inputs, pauses=pauses, answer=answer, only_first=True)[0]
+    return logits, torch.stack(shares)

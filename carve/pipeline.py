@@ -199,7 +199,7 @@ class _Conversion:
         """Carve, emit, check, and put the artifact in place."""
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
-        from carve.realised import realised_share, realised_skips
+        from carve.realised import realised
 
         program = self.program
         parameters = sum(p.numel() for p in program.module.parameters())
@@ -213,14 +213,14 @@ class _Conversion:
             manager = PassManager(self.passes, measure=lambda p: as_dict(small(p)))
             results = manager(program, context)
             quality = as_dict(evaluator(program))
-            realised = realised_share(program, held[:4])
-            skips = realised_skips(program, held[:4])
+            use = realised(program, held[:4])
+            shares, skips = use.share(), use.skips()
         else:
-            realised = {"budget": 1.0, "ffn_active": 1.0, "skip": 0.0}
+            shares = {"budget": 1.0, "ffn_active": 1.0, "skip": 0.0}
             skips = {}
         with art.staged(self.out) as stage:
             emitted, emit_record = self._emit(stage, held)
-            report = self._report(results, emit_record, quality, realised, skips)
+            report = self._report(results, emit_record, quality, shares, skips)
             self._write(stage, emitted, report, folder)
             art.sync(stage)
         shutil.rmtree(self.state, ignore_errors=True)
@@ -279,16 +279,16 @@ class _Conversion:
         results: list[PassResult],
         emitted: dict[str, Any],
         quality: dict[str, Any] | None,
-        realised: dict[str, float],
+        shares: dict[str, float],
         skips: dict[str, float],
     ) -> dict[str, Any]:
         from carve.passbase import peak_rss_mb
 
         p = self.program
         return {
-            "budget": {"asked": self.config.budget, "realised": realised["budget"]},
-            "ffn_active": realised["ffn_active"],
-            "skip": {"asked": self.config.skip, "realised": realised["skip"], "blocks": skips},
+            "budget": {"asked": self.config.budget, "realised": shares["budget"]},
+            "ffn_active": shares["ffn_active"],
+            "skip": {"asked": self.config.skip, "realised": shares["skip"], "blocks": skips},
             "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
             "quality": quality,
             "bits": self.config.bits,

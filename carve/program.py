@@ -113,11 +113,28 @@ class Program:
         ffns = replace or {}
         sites = [s for s in self.sites if s.name in ffns]
         pauses = Pauses(sites, gates=gates)
+        return self.answered(
+            *inputs,
+            pauses=pauses,
+            answer=lambda at: ffns[at.site.name](at.x),
+            observe=observe,
+            only_first=only_first,
+        )
+
+    def answered(
+        self,
+        *inputs: Tensor,
+        pauses: Pauses,
+        answer: Callable[[AtSite], Tensor],
+        observe: Callable[[FFNSite, Tensor], None] | None = None,
+        only_first: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Execute the graph with ``answer`` giving the result at every pause; see `steps`."""
         steps = self.steps(*inputs, pauses=pauses, observe=observe, only_first=only_first)
         try:
             at = next(steps)
             while True:
-                at = steps.send(ffns[at.site.name](at.x))
+                at = steps.send(answer(at))
         except StopIteration as stop:
             return tuple(stop.value)
 

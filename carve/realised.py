@@ -27,14 +27,14 @@ class Use:
     def add(self, batch: Batch) -> None:
         """Run a batch and count."""
         p = self.program
-        steps = p.steps(*batch.inputs, pauses=Pauses(after=p.blocks), only_first=True)
+        pauses = Pauses(after=p.blocks)
         with torch.no_grad():
-            try:
-                at = next(steps)
-                while True:
-                    at = steps.send(self._count(at, batch))
-            except StopIteration:
-                return
+            p.answered(
+                *batch.inputs,
+                pauses=pauses,
+                answer=lambda at: self._count(at, batch),
+                only_first=True,
+            )
 
     def _count(self, at: AtSite, batch: Batch) -> Tensor:
         block, y = at.site, at.y
@@ -67,44 +67,39 @@ class Use:
         self.neurons[block.name] += neurons
         return neurons * each + router
 
+    def share(self) -> dict[str, float]:
+        """The budget as these tokens really used it.
 
-def realised_share(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
-    """The budget as held-out tokens really use it.
+        ``budget``: of the blocks' multiply-accumulates; ``ffn_active``: of the FFNs', routers and
+        gates counted; ``neurons``: of the FFNs' neurons; ``skip``: share of the gated blocks'
+        tokens that skipped, of those that may.
+        """
+        program = self.program
+        per_token = {n: m / max(1.0, self.seen[n]) for n, m in self.macs.items()}
+        ffn = sum(per_token[s.name] for s in program.sites)
+        attention = program.attention_macs + sum(
+            per_token[a.name] - a.query_macs for a in program.attention
+        )
+        neurons = sum(self.neurons[s.name] / max(1.0, self.seen[s.name]) for s in program.sites)
+        gated = self.skips()
+        return {
+            "budget": (attention + ffn) / program.dense_macs,
+            "ffn_active": ffn / sum(s.dense.macs for s in program.sites),
+            "neurons": neurons / sum(s.dense.intermediate_size for s in program.sites),
+            "skip": sum(gated.values()) / max(1, len(gated)),
+        }
 
-    ``budget``: of the blocks' multiply-accumulates; ``ffn_active``: of the FFNs', routers and gates
-    counted; ``neurons``: of the FFNs' neurons; ``skip``: share of the gated blocks' tokens that
-    skipped, of those that may.
-    """
-    use = _use(program, batches)
-    per_token = {n: m / max(1.0, use.seen[n]) for n, m in use.macs.items()}
-    ffn = sum(per_token[s.name] for s in program.sites)
-    attention = program.attention_macs + sum(
-        per_token[a.name] - a.query_macs for a in program.attention
-    )
-    neurons = sum(use.neurons[s.name] / max(1.0, use.seen[s.name]) for s in program.sites)
-    gated = _skips(use)
-    return {
-        "budget": (attention + ffn) / program.dense_macs,
-        "ffn_active": ffn / sum(s.dense.macs for s in program.sites),
-        "neurons": neurons / sum(s.dense.intermediate_size for s in program.sites),
-        "skip": sum(gated.values()) / max(1, len(gated)),
-    }
+    def skips(self) -> dict[str, float]:
+        """By gated block, the share of tokens that skipped, of those that may."""
+        return {
+            b.name: (self.seen[b.name] - self.runs[b.name]) / max(1.0, self.late[b.name])
+            for b in self.program.gated
+        }
 
 
-def realised_skips(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
-    """By gated block, the share of tokens that skipped, of those that may."""
-    return _skips(_use(program, batches))
-
-
-def _use(program: Program, batches: Sequence[Batch]) -> Use:
+def realised(program: Program, batches: Sequence[Batch]) -> Use:
+    """What the tokens of ``batches`` use."""
     use = Use(program)
     for batch in batches:
         use.add(batch)
     return use
-
-
-def _skips(use: Use) -> dict[str, float]:
-    return {
-        b.name: (use.seen[b.name] - use.runs[b.name]) / max(1.0, use.late[b.name])
-        for b in use.program.gated
-    }

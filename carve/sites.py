@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -61,7 +62,7 @@ class Gate:
 
 
 @dataclass
-class Block:
+class Block(ABC):
     """A residual branch that a gate may skip: an FFN, or attention without keys and values.
 
     ``name`` is the module path, ``input`` and ``output`` the FX nodes of its input (after the norm)
@@ -100,9 +101,9 @@ class Block:
         return all(isinstance(v, Tensor) and v.ndim == 3 for v in values)
 
     @property
+    @abstractmethod
     def skippable_macs(self) -> int:
         """Multiply-accumulates a token that a gate may save, as the block stands."""
-        raise NotImplementedError
 
     @property
     def gated_macs(self) -> int:

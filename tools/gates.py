@@ -39,7 +39,7 @@ from carve.capture import capture_checkpoint
 from carve.executor import Pauses
 from carve.passbase import Context, Pass, PassManager
 from carve.program import Program
-from carve.realised import realised_share
+from carve.realised import realised
 from carve.report import table
 from carve.sites import AtSite, Block, Gate
 
@@ -132,7 +132,7 @@ class Rows:
         PassManager(
             [p.Profile(p.ProfileConfig()), p.Allocate(config), p.SkipGates(p.GateConfig())]
         )(program, context)
-        share = realised_share(program, self.bench.held[:4])
+        share = realised(program, self.bench.held[:4]).share()
         name = f"{len(program.gated)} gates, {share['skip']:.0%} skipped"
         self.add(name, share["budget"], program)
         for i, block in enumerate(program.gated):
@@ -141,7 +141,7 @@ class Rows:
             noise = torch.randn(block.gate.weight.shape, generator=generator)
             program.set_gate(block, replace(block.gate, weight=noise))
         p.SkipGates(p.GateConfig()).calibrate(program, context)
-        share = realised_share(program, self.bench.held[:4])
+        share = realised(program, self.bench.held[:4]).share()
         self.add("random mask, same rates", share["budget"], program)
 
     def carved(self, budget: float) -> None:
@@ -162,7 +162,7 @@ class Rows:
         PassManager(passes)(program, context)
         if skip:
             PassManager([p.SkipGates(p.GateConfig())])(program, context)
-        share = realised_share(program, self.bench.held[:4])
+        share = realised(program, self.bench.held[:4]).share()
         names = f", {len(program.gated)} gates" if skip else ""
         self.add("carve" + names, share["budget"], program)
 

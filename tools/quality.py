@@ -44,7 +44,7 @@ from carve.dialect import linear, select
 from carve.evaluate import Evaluator, as_dict
 from carve.passbase import Context, Pass, PassManager
 from carve.program import Program
-from carve.realised import realised_share
+from carve.realised import realised
 from carve.report import table
 from carve.sites import FFN, FFNSite
 from carve.statistics import expert_energy
@@ -101,7 +101,7 @@ class Bench:
         else:
             found["loss"] = 1.0 - found["cosine_mean"]
         if replace is None:
-            found["active"] = realised_share(program, self.held[:4])["neurons"]
+            found["active"] = realised(program, self.held[:4]).share()["neurons"]
         return found
 
     def context(self, program: Program, share: float) -> Context:

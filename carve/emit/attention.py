@@ -205,16 +205,23 @@ def _pack(
     found = _separable(node, tables)
     if found is None:
         return None
-    (q, k, v), rotation = found
-    pairs = [linear_weights(n, weights) for n in (q, k, v)]
-    biases = [p[1] for p in pairs if p[1] is not None]
-    if len(biases) not in (0, 3):
+    linears, rotation = found
+    packed = _product(b, node, linears, weights, "qkv")
+    return None if packed is None else _Inputs(packed, None, None, rotation)
+
+
+def _product(
+    b: Builder, node: ir.Node, linears: list[ir.Node], weights: dict[str, Tensor], name: str
+) -> Any:
+    """Linears of one input as one product; None where only some of them have a bias."""
+    pairs = [linear_weights(n, weights) for n in linears]
+    biases = [bias for _, bias in pairs if bias is not None]
+    if len(biases) not in (0, len(linears)):
         return None
-    name = linear_name(q).rpartition(".")[0] + ".qkv"
-    weight = torch.cat([p[0] for p in pairs])
+    path = linear_name(linears[0]).rpartition(".")[0] + f".{name}"
+    weight = torch.cat([w for w, _ in pairs])
     bias = torch.cat(biases) if biases else None
-    packed = b.linear(node, given(q.inputs[0]), name, weight, bias)
-    return _Inputs(packed, None, None, rotation)
+    return b.linear(node, given(linears[0].inputs[0]), path, weight, bias)
 
 
 def _gated_inputs(
@@ -225,17 +232,13 @@ def _gated_inputs(
     if found is None:
         return None
     (q, k, v), rotation = found
-    pairs = [linear_weights(n, weights) for n in (q, k, v)]
-    (wq, bq), *both = pairs
-    biases = [bias for _, bias in both if bias is not None]
-    if len(biases) == 1:
+    joint = _product(b, node, [k, v], weights, "kv")
+    if joint is None:
         return None
-    query = b.linear(node, rows.x, linear_name(q), wq, bq)
-    name = linear_name(k).rpartition(".")[0] + ".kv"
-    x, bias = given(k.inputs[0]), torch.cat(biases) if biases else None
-    joint = b.linear(node, x, name, torch.cat([w for w, _ in both]), bias)
+    weight, bias = linear_weights(q, weights)
+    query = b.linear(node, rows.x, linear_name(q), weight, bias)
     key, value = b.op(node, "Split", [joint], outputs=2, axis=-1, num_outputs=2)
-    return _Inputs(rows.spread(node, query, len(wq)), key, value, rotation)
+    return _Inputs(rows.spread(node, query, len(weight)), key, value, rotation)
 
 
 def linear_name(linear: ir.Node) -> str:

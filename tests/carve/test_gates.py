@@ -32,7 +32,7 @@ from carve.passes import (
     SkipGates,
 )
 from carve.program import Program
-from carve.realised import realised_share, realised_skips
+from carve.realised import realised
 from carve.sites import Gate
 from carve.walk import walk_blocks
 
@@ -263,13 +263,13 @@ def test_the_asked_rate_is_the_realised_one(deep: Path, rate: float) -> None:
     setting = Setting(deep, rate)
     found = setting.run(rank=8)
     assert found["asked"] == setting.context.skips
-    realised = realised_skips(setting.program, setting.held)
-    for name, share in realised.items():
+    shares = realised(setting.program, setting.held).skips()
+    for name, share in shares.items():
         assert found["skipped"][name] == pytest.approx(rate, abs=0.005)
         assert share == pytest.approx(rate, abs=0.06)  # two or three points on more text
-    assert sum(realised.values()) / len(realised) == pytest.approx(rate, abs=0.03)
-    assert realised_share(setting.program, setting.held)["skip"] == pytest.approx(
-        sum(realised.values()) / len(realised)
+    assert sum(shares.values()) / len(shares) == pytest.approx(rate, abs=0.03)
+    assert realised(setting.program, setting.held).share()["skip"] == pytest.approx(
+        sum(shares.values()) / len(shares)
     )
 
 
@@ -283,7 +283,7 @@ def test_fitted_gates_lose_less_than_chance(deep: Path) -> None:
         setting.program.set_gate(block, chance)
     # The same rates by scores that know nothing.
     SkipGates(GateConfig()).calibrate(setting.program, setting.context)
-    rates = realised_skips(setting.program, setting.held).values()
+    rates = realised(setting.program, setting.held).skips().values()
     assert sum(rates) / len(rates) == pytest.approx(0.4, abs=0.05)
     assert fitted < 0.8 * setting.evaluator.loss(setting.program)
 
