@@ -40,6 +40,14 @@ class Split:
         return self.shared_size + self.top_k * self.expert_size
 
 
+@dataclass(frozen=True)
+class Widths:
+    """Bits of a unit's weights: of a linear or shared expert, and of each routed expert."""
+
+    shared: int
+    experts: tuple[int, ...] = ()
+
+
 def matrices(site: FFNSite) -> int:
     """Weight matrices of an FFN: 3 when gated, else 2."""
     return 2 if site.dense.gate is None else 3

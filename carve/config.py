@@ -27,6 +27,7 @@ PASS_NAMES = (
     "distill",
     "gate",
     "finetune",
+    "quantize",
 )
 EFFORTS = ("none", "layer", "full")
 TARGETS = ("onnx-cpu",)

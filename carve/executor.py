@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from carve import dialect
-from carve.sites import AtSite, Block, FFNSite
+from carve.sites import AtSite, Block, FFNSite, Linear
 
 if TYPE_CHECKING:
     from carve.program import Program
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class Pauses:
     """Where `Executor.steps` waits.
 
-    ``before``: sites whose result the caller computes; ``after``: blocks whose result the caller
-    may replace. With ``gates`` off, every token runs through every block.
+    ``before``: sites and linears whose result the caller computes; ``after``: blocks whose result
+    the caller may replace. With ``gates`` off, every token runs through every block.
     """
 
-    before: Sequence[FFNSite] = ()
+    before: Sequence[FFNSite | Linear] = ()
     after: Sequence[Block] = ()
     gates: bool = True
 
@@ -78,7 +78,7 @@ class Executor(fx.Interpreter):
                     self.env.pop(self.before[done].output, None)
         return tuple(self.env[n] if isinstance(n, fx.Node) else n for n in wanted if n in self.env)
 
-    def _at(self, block: Block, y: Tensor | None) -> AtSite:
+    def _at(self, block: Block | Linear, y: Tensor | None) -> AtSite:
         residual = None if block.residual is None else self.env[block.residual]
         return AtSite(block, self.env[block.input], residual, y)
 

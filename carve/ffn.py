@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from carve import dialect
+from carve.grid import Grid
+
+_NOTES = ("mean_top_k", "grids")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class RoutedFFN:
     dynamic: bool = False
     mean_top_k: float | None = None
     """Experts a token on calibration text, where ``dynamic`` leaves it to the token."""
+    grids: Mapping[str, Grid | tuple[Grid, ...]] = field(default_factory=dict)
+    """By argument name, what the weights were rounded to; of experts, a grid each."""
 
     @property
     def num_experts(self) -> int:
@@ -81,7 +87,7 @@ class RoutedFFN:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `carve.dialect.routed_ffn` after its input, in order."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mean_top_k"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOTES}
 
     def with_top_k(self, top_k: int) -> RoutedFFN:
         """The same weights with another, fixed number of experts a token."""

@@ -162,7 +162,7 @@ def _forward(
     shares: list[Tensor] = []
 
     def answer(at: AtSite) -> Tensor:
-        gate = at.site.gate
+        gate = at.block.gate
         assert gate is not None
         assert at.y is not None
         s = scores[at.site.name](at.x.float()).squeeze(-1)

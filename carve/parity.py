@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from carve.arithmetic import Precision
 from carve.dialect import LinearRule, linear_rule
-from carve.emit import pack
 from carve.errors import CarveError
 from carve.program import Program
 from carve.sites import FFNSite
@@ -82,13 +82,9 @@ def _relative(have: Tensor, want: Tensor) -> Tensor:
     return error
 
 
-def _jittered(bits: int) -> LinearRule:
+def _jittered(precision: Precision) -> LinearRule:
     generator = torch.Generator().manual_seed(0)
-
-    def rule(x: Tensor, w: Tensor) -> Tensor:
-        return pack.emulate(x * (1 + 3e-7 * torch.randn(x.shape, generator=generator)), w, bits)
-
-    return rule
+    return precision.rule(lambda x: x * (1 + 3e-7 * torch.randn(x.shape, generator=generator)))
 
 
 def check_parity(
@@ -108,7 +104,8 @@ def check_parity(
     """
     got = run_onnx(path, program, prompts)
     errors, floors, agree = [], [], []
-    with linear_rule(lambda x, w: pack.emulate(x, w, bits)):
+    precision = Precision(program, bits)
+    with linear_rule(precision.rule()):
         chosen = {r for p in prompts for r in routings(program, p)}
         example = set(routings(program, program.example))
         wants = [program.run(*inputs)[0] for inputs in prompts]
@@ -121,7 +118,7 @@ def check_parity(
         errors.append(_relative(have, want))
         agree.append(have.argmax(1) == want.argmax(1))
         if bits < 16:
-            with linear_rule(_jittered(bits)):
+            with linear_rule(_jittered(precision)):
                 again = program.run(*inputs)[0].reshape(want.shape)
             floors.append(_relative(again, want))
     error = torch.cat(errors)

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
-from carve.budget import Request, Split
+from carve.budget import Request, Split, Widths
 from carve.calibration import Batch, SiteInputs
 from carve.errors import CarveError
 from carve.ffn import RoutedFFN
 from carve.program import Program
-from carve.sites import FFN, FFNSite
+from carve.sites import FFN, FFNSite, Linear
 
 log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
@@ -47,7 +47,8 @@ class Context:
     random choice; ``judge`` gives the loss of a program (with FFNs replaced, where they are given
     by site name) against the dense one, end to end (KL, or 1 - cosine), on calibration text that is
     not in ``batches``; ``stream`` are all batches, where an end-to-end pass may see more than
-    layer-wise work does; ``state`` is a folder for what a long pass needs to go on after a crash.
+    layer-wise work does; ``state`` is a folder for what a long pass needs to go on after a crash;
+    ``widths`` are the bits of weights by unit, and ``bits`` those of units that are not in it.
     """
 
     batches: Sequence[Batch]
@@ -60,6 +61,8 @@ class Context:
     stream: Sequence[Batch] = ()
     state: Path | None = None
     skips: dict[str, float] = field(default_factory=dict)
+    bits: int = 16
+    widths: dict[str, Widths] = field(default_factory=dict)
 
     def split(self, site: FFNSite) -> Split:
         """The widths of a site that is carved.
@@ -71,6 +74,12 @@ class Context:
         if found is None:
             raise ContractError("contract", f"no widths are planned for {site.name}")
         return found
+
+    def widths_of(self, unit: Linear | FFNSite) -> Widths:
+        """The bits of a linear or of a carved site."""
+        routed = unit.routed if isinstance(unit, FFNSite) else None
+        plain = Widths(self.bits, (self.bits,) * (routed.num_experts if routed else 0))
+        return self.widths.get(unit.name, plain)
 
     def experts(self, site: FFNSite) -> float:
         """Experts a token to aim at on calibration text.

@@ -58,6 +58,8 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.SkipGates, p.GateConfig))
     if config.effort == "full" and not config.exact:
         listed.append(make(p.Finetune, p.FinetuneConfig))
+    if config.bits < 16:
+        listed.append(make(p.Quantize, p.QuantizeConfig))
     return listed
 
 
@@ -188,7 +190,8 @@ class _Conversion:
         from carve.passbase import silent
 
         self.program, self.out, self.config = program, out, config
-        self.passes = [] if config.is_dense else passes
+        # Without carving, only the weights are rounded.
+        self.passes = [p for p in passes if p.name == "quantize" or not config.is_dense]
         self.progress = progress or silent
         self.source = source
         # Where a long pass keeps what it needs to go on; gone once the artifact is in place.
@@ -197,6 +200,7 @@ class _Conversion:
 
     def run(self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None) -> Artifact:
         """Carve, emit, check, and put the artifact in place."""
+        from carve.arithmetic import as_emitted
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
         from carve.realised import realised
@@ -210,10 +214,16 @@ class _Conversion:
             context = self._context(batches, count.judge)
             evaluator = Evaluator(program, list(self.progress(held, "dense model")))
             small = evaluator.limited(count.after_pass)
-            manager = PassManager(self.passes, measure=lambda p: as_dict(small(p)))
+
+            def measure(p: Program) -> dict[str, float]:
+                with as_emitted(p):
+                    return as_dict(small(p))
+
+            manager = PassManager(self.passes, measure=measure)
             results = manager(program, context)
-            quality = as_dict(evaluator(program))
-            use = realised(program, held[:4])
+            with as_emitted(program):
+                quality = as_dict(evaluator(program))
+                use = realised(program, held[:4])
             shares, skips = use.share(), use.skips()
         else:
             shares = {"budget": 1.0, "ffn_active": 1.0, "skip": 0.0}
@@ -253,11 +263,13 @@ class _Conversion:
             stream,
             self.state,
             skips,
+            c.bits,
         )
 
     def _emit(self, stage: Path, held: Sequence[Batch]) -> tuple[Any, dict[str, Any]]:
         from carve.emit.onnx import emit
-        from carve.parity import check_parity
+        from carve.emulation import check_nodes
+        from carve.parity import check_parity, feeds_of
         from carve.passbase import peak_rss_mb
 
         began = time.monotonic()
@@ -265,11 +277,15 @@ class _Conversion:
         emitted = emit(self.program, stage / "onnx" / "model.onnx", self.config.bits)
         prompts = [_head(self.program, b) for b in (held[0], held[len(held) // 2])]
         parity = check_parity(self.program, emitted.path, prompts, self.config.bits)
+        nodes = check_nodes(
+            emitted.path,
+            feeds_of(self.program, prompts[0], [*self.program.inputs, "attention_mask"]),
+        )
         record = {
             "name": "emit onnx-cpu",
             "seconds": round(time.monotonic() - began, 2),
             "peak_rss_mb": round(peak_rss_mb(), 1),
-            "metrics": {"parity": asdict(parity)},
+            "metrics": {"parity": asdict(parity), "emulation": asdict(nodes)},
             "quality": None,
         }
         return emitted, record

@@ -16,7 +16,9 @@ from torch import Tensor, fx
 
 from carve.executor import Executor, Pauses
 from carve.ffn import RoutedFFN
-from carve.sites import FFN, AtSite, AttentionSite, Block, FFNSite, Gate
+from carve.grid import Grid
+from carve.match import LINEAR, get_tensor
+from carve.sites import FFN, AtSite, AttentionSite, Block, FFNSite, Gate, Linear
 
 Kind = Literal["decoder", "encoder", "module"]
 
@@ -28,7 +30,8 @@ class Program:
     ``inputs`` and ``outputs`` are the names of the graph's inputs and results in order; for a
     decoder the cache tensors follow the logits. ``dynamic`` gives the dynamic axes of each input.
     ``attention_macs`` counts the attention projections of all blocks for one token;
-    ``attention`` are those that a gate may skip.
+    ``attention`` are those that a gate may skip. ``grids`` are what the weights of linears were
+    rounded to, by parameter.
     """
 
     module: fx.GraphModule
@@ -42,6 +45,7 @@ class Program:
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     attention: list[AttentionSite] = field(default_factory=list)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[Block]:
@@ -58,6 +62,20 @@ class Program:
     def carved(self) -> list[FFNSite]:
         """The sites with routed weights."""
         return [s for s in self.sites if s.routed is not None]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The products with stored weights outside routed FFNs, in the order of the graph."""
+        found = []
+        for n in self.module.graph.find_nodes(op="call_function", target=LINEAR):
+            weight = get_tensor(self.module, n.args[1])
+            if weight is None:
+                continue
+            bias = get_tensor(self.module, n.args[2]) if len(n.args) > 2 else None
+            stack = list(n.meta.get("nn_module_stack", {}).values())
+            name = str(stack[-1][0]) if stack else str(n.args[1].target)
+            found.append(Linear(name, n, weight, bias, self.grids.get(str(n.args[1].target))))
+        return found
 
     @property
     def max_length(self) -> int:
@@ -223,6 +241,32 @@ class Program:
                 graph.get_attr(f"{path}.{name}") if isinstance(v, Tensor) else v
                 for name, v in arguments.items()
             ]
+
+    def set_linear(self, linear: Linear, weight: Tensor, bias: Tensor | None, grid: Grid) -> Linear:
+        """Give a linear another weight, on ``grid``, and bias; what else read them keeps its own.
+
+        Returns:
+            The linear as it is now.
+        """
+        node, graph = linear.output, self.module.graph
+        # Once more under another name: the former weight stays until its node is gone.
+        path = f"{linear.name}.quantized"
+        if f"{path}.weight" in self.grids:
+            del self.grids[f"{path}.weight"]
+            path += "_again"
+        holder = torch.nn.Module()
+        holder.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        if bias is not None:
+            holder.register_parameter("bias", torch.nn.Parameter(bias, requires_grad=False))
+        self.module.add_submodule(path, holder)
+        with graph.inserting_before(node):
+            args = [graph.get_attr(f"{path}.weight")]
+            if bias is not None:
+                args.append(graph.get_attr(f"{path}.bias"))
+        node.args = (node.args[0], *args)
+        self.grids[f"{path}.weight"] = grid
+        self.clean()
+        return Linear(linear.name, node, weight, bias, grid)
 
     def clean(self) -> None:
         """Drop dead nodes and the weights that no node uses any more."""

@@ -37,7 +37,7 @@ class Use:
             )
 
     def _count(self, at: AtSite, batch: Batch) -> Tensor:
-        block, y = at.site, at.y
+        block, y = at.block, at.y
         assert y is not None
         x = batch.counted(at.x)  # padding takes experts of its own
         running = torch.ones(len(x), dtype=torch.bool)

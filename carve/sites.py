@@ -12,10 +12,24 @@ from torch import Tensor, fx
 
 from carve import dialect
 from carve.ffn import DenseFFN, RoutedFFN
+from carve.grid import Grid
 
 FFN = Callable[[Tensor], Tensor]
 _aten = torch.ops.aten
 _TRANSPARENT = {_aten.view.default, _aten.reshape.default, _aten.clone.default}
+
+
+def added_to(node: fx.Node) -> fx.Node | None:
+    """The stream that a result is added to, where nothing but a view stands between."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.target is _aten.add.Tensor:
+            others = [a for a in user.args if a is not node]
+            return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
+        if user.target not in _TRANSPARENT:
+            return None
+        node = user
+    return None
 
 
 @dataclass(frozen=True)
@@ -83,16 +97,7 @@ class Block(ABC):
     @property
     def residual(self) -> fx.Node | None:
         """The stream that the result is added to, where nothing but a view stands between."""
-        node = self.result
-        while len(node.users) == 1:
-            user = next(iter(node.users))
-            if user.target is _aten.add.Tensor:
-                others = [a for a in user.args if a is not node]
-                return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
-            if user.target not in _TRANSPARENT:
-                return None
-            node = user
-        return None
+        return added_to(self.result)
 
     @property
     def gateable(self) -> bool:
@@ -154,14 +159,46 @@ class AttentionSite(Block):
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A product with a weight that stands in the graph itself: ``y = x W' + b``.
+
+    ``name`` is the module path; ``grid`` what its weight ``[N, K]`` was rounded to.
+    """
+
+    name: str
+    output: fx.Node
+    weight: Tensor
+    bias: Tensor | None
+    grid: Grid | None = None
+
+    @property
+    def input(self) -> fx.Node:
+        """The node of its input."""
+        node = self.output.args[0]
+        assert isinstance(node, fx.Node)
+        return node
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """The stream that its result is added to, see `added_to`."""
+        return added_to(self.output)
+
+
+@dataclass(frozen=True)
 class AtSite:
-    """A program that waits at a site.
+    """A program that waits at a site or a linear.
 
     ``x``: the block's input; ``residual``: the stream its result is added to; ``y``: its result
     before any gate, None where the program waits for it to be sent in.
     """
 
-    site: Block
+    site: Block | Linear
     x: Tensor
     residual: Tensor | None
     y: Tensor | None = None
+
+    @property
+    def block(self) -> Block:
+        """The site, where only blocks were asked for."""
+        assert isinstance(self.site, Block)
+        return self.site

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +86,70 @@ def _projection(width: int) -> Tensor | None:
     return view
 
 
+@dataclass(frozen=True)
+class Pulled:
+    """What `pulled_ridge` found; errors are relative and on held-out tokens.
+
+    ``strength`` is 0, and ``solution`` the start, where the start was better left as it is.
+    """
+
+    solution: Tensor
+    before: float
+    after: float
+    strength: float
+
+
+def pulled_ridge(
+    gram: Sequence[Tensor],
+    right: Sequence[Tensor],
+    start: Tensor,
+    strengths: Sequence[float],
+    size: Callable[[Callable[[Tensor], Tensor]], float],
+) -> Pulled:
+    """Ridge regression pulled towards ``start``: ``W = W0 + (G + l D)^-1 (R - G W0)``.
+
+    ``D = diag G`` and its mean / 100. The strength ``l`` is the one of least error on held-out
+    tokens, which join the fit once it is known. Where the output is wide, the judging is on a
+    random projection of it (Johnson and Lindenstrauss): its squared errors have the same
+    expectation, and the solves for each strength cost a fraction.
+
+    Args:
+        gram: ``X'X`` ``[K, K]`` of fitted and of held-out tokens, weighted.
+        right: ``X'Y`` ``[K, N]`` of both.
+        start: ``W0`` ``[K, N]``.
+        strengths: tried.
+        size: weighted ``|Y|^2`` of the held-out tokens, seen through the function it is given.
+    """
+    view = _projection(start.shape[1])
+
+    def seen(t: Tensor) -> Tensor:
+        return t if view is None else t @ view
+
+    start_seen, fit_seen, held_seen = seen(start), seen(right[0]), seen(right[1])
+    scale = size(seen)
+
+    def held_out(w: Tensor) -> float:
+        value = (w * (gram[1] @ w - 2 * held_seen)).double().sum() + scale
+        return float(value) / max(scale, 1e-30)
+
+    before = held_out(start_seen)
+    errors = {s: held_out(pulled_towards(start_seen, gram[0], fit_seen, s)) for s in strengths}
+    best = min(errors, key=errors.__getitem__)
+    if not errors[best] < before:
+        return Pulled(start, before, before, 0.0)
+    solution = pulled_towards(start, gram[0] + gram[1], right[0] + right[1], best)
+    return Pulled(solution, before, errors[best], best)
+
+
+def pulled_towards(start: Tensor, gram: Tensor, right: Tensor, strength: float) -> Tensor:
+    """``W0 + (G + l D)^-1 (R - G W0)``, see `pulled_ridge`; the solve is in fp64."""
+    a = gram.double()
+    pull = a.diagonal() + 0.01 * a.diagonal().mean()
+    a.diagonal().add_(strength * pull + 1e-9 * a.diagonal().mean())
+    change = torch.cholesky_solve((right - gram @ start).double(), torch.linalg.cholesky(a))
+    return start + change.float()
+
+
 def refit_down(
     routed: RoutedFFN,
     x: Tensor,
@@ -98,68 +162,68 @@ def refit_down(
     """The down-projections and biases that fit ``target`` best, given the hidden activations.
 
     With ``phi_t = [h_s, h_e m_e, m, 1]`` (``h`` the hidden activations of shared and routed
-    neurons, ``m`` the mask of chosen experts) the FFN is ``phi W``; the fit is
-    ``W = W0 + (G + l D)^-1 (R - G W0)``, ``G = sum w phi phi'``, ``R = sum w phi y'``,
-    ``D = diag G`` and its mean / 100: ridge regression pulled towards the present weights ``W0``,
-    on the scale of each feature. Mean compensation is the part of it that moves the biases alone.
-    Every fifth token judges the strength ``l``; all join the fit once it is known. Where the output
-    is wide, the judging is on a random projection of it (Johnson and Lindenstrauss): its squared
-    errors have the same expectation, and the solves for each strength cost a fraction.
+    neurons, ``m`` the mask of chosen experts) the FFN is ``phi W``; the fit is `pulled_ridge` with
+    ``G = sum w phi phi'`` and ``R = sum w phi y'``, towards the present weights. Mean compensation
+    is the part of it that moves the biases alone. Every fifth token judges the strength.
 
     Shapes: ``x`` ``[T, d]``, ``target`` ``[T, d_out]``, ``weight`` ``[T]``.
     """
-    shared, experts = routed.shared_size, routed.num_experts
-    size = shared + experts * routed.expert_size
     merged = routed.merged()
     parts = [torch.arange(i, len(x), 5) for i in range(5)]
+    start = down_matrix(routed)
     gram, right = [], []
     for index in (torch.cat(parts[:-1]), parts[-1]):
-        g = x.new_zeros((size + experts + 1,) * 2)
-        r = x.new_zeros((size + experts + 1, target.shape[1]))
+        g = x.new_zeros((len(start),) * 2)
+        r = x.new_zeros(start.shape)
         for rows in torch.split(index, chunk):
-            mask = routed.chosen(x[rows]).float()
-            h = merged.hidden(x[rows]).float()
-            h[:, shared:] *= mask.repeat_interleave(routed.expert_size, 1)
-            phi = torch.cat((h, mask, torch.ones(len(rows), 1)), 1)
+            phi = down_features(merged.hidden(x[rows]).float(), routed.chosen(x[rows]), routed)
             scaled = phi * weight[rows, None]
             g += scaled.T @ phi
             r += scaled.T @ target[rows]
         gram.append(g)
         right.append(r)
-    start = torch.zeros_like(right[0])
-    start[:size] = merged.down.float().T
-    if routed.expert_bias is not None:
-        start[size:-1] = routed.expert_bias
-    if routed.output_bias is not None:
-        start[-1] = routed.output_bias
-    view = _projection(target.shape[1])
-
-    def seen(t: Tensor) -> Tensor:
-        return t if view is None else t @ view
-
-    start_seen, fit_seen, held_seen = seen(start), seen(right[0]), seen(right[1])
     judged = torch.split(parts[-1], chunk)
-    scale = sum(float((weight[r, None] * seen(target[r]).square()).sum()) for r in judged)
+    fit = pulled_ridge(
+        gram,
+        right,
+        start,
+        strengths,
+        lambda view: sum(float((weight[r, None] * view(target[r]).square()).sum()) for r in judged),
+    )
+    if fit.strength == 0.0:
+        return Fit(routed, fit.before, fit.before, 0.0)
+    new = with_down_matrix(routed, fit.solution)
+    return Fit(new, fit.before, fit.after, fit.strength)
 
-    def held_out(w: Tensor) -> float:
-        value = (w * (gram[1] @ w - 2 * held_seen)).double().sum() + scale
-        return float(value) / max(scale, 1e-30)
 
-    def solve(g: Tensor, r: Tensor, origin: Tensor, strength: float) -> Tensor:
-        a = g.double()
-        pull = a.diagonal() + 0.01 * a.diagonal().mean()
-        a.diagonal().add_(strength * pull + 1e-9 * a.diagonal().mean())
-        change = torch.cholesky_solve((r - g @ origin).double(), torch.linalg.cholesky(a))
-        return origin + change.float()
+def down_features(hidden: Tensor, chosen: Tensor, routed: RoutedFFN) -> Tensor:
+    """``[h_s, h_e m_e, m, 1]``, which `down_matrix` maps to the FFN's result.
 
-    before = held_out(start_seen)
-    errors = {s: held_out(solve(gram[0], fit_seen, start_seen, s)) for s in strengths}
-    best = min(errors, key=errors.__getitem__)
-    if not errors[best] < before:
-        return Fit(routed, before, before, 0.0)
-    w = solve(gram[0] + gram[1], right[0] + right[1], start, best)
-    down = w[:size].T
-    new = replace(
+    Shapes: ``hidden`` ``[T, s + E m]`` (shared neurons first), ``chosen`` ``[T, E]``.
+    """
+    mask = chosen.to(hidden.dtype)
+    h = hidden.clone()
+    h[:, routed.shared_size :] *= mask.repeat_interleave(routed.expert_size, 1)
+    return torch.cat((h, mask, torch.ones(len(h), 1, dtype=h.dtype)), 1)
+
+
+def down_matrix(routed: RoutedFFN) -> Tensor:
+    """All down-projections and biases as one matrix fp32 ``[s + E m + E + 1, d_out]``."""
+    down = routed.merged().down.float().T
+    bias = down.new_zeros(routed.num_experts + 1, down.shape[1])
+    if routed.expert_bias is not None:
+        bias[:-1] = routed.expert_bias
+    if routed.output_bias is not None:
+        bias[-1] = routed.output_bias
+    return torch.cat((down, bias))
+
+
+def with_down_matrix(routed: RoutedFFN, matrix: Tensor) -> RoutedFFN:
+    """The FFN with the down-projections and biases of a `down_matrix`."""
+    shared, experts = routed.shared_size, routed.num_experts
+    size = shared + experts * routed.expert_size
+    down = matrix[:size].T
+    return replace(
         routed,
         shared_down=None
         if routed.shared_down is None
@@ -169,7 +233,6 @@ def refit_down(
         .transpose(0, 1)
         .to(routed.expert_down.dtype)
         .contiguous(),
-        expert_bias=w[size:-1].contiguous(),
-        output_bias=w[-1].contiguous(),
+        expert_bias=matrix[size:-1].contiguous(),
+        output_bias=matrix[-1].contiguous(),
     )
-    return Fit(new, before, errors[best], best)

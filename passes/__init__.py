@@ -8,6 +8,7 @@ from carve.passes.finetune import Finetune, FinetuneConfig
 from carve.passes.gate import GateConfig, SkipGates
 from carve.passes.place_gates import PlaceGates, PlaceGatesConfig
 from carve.passes.profile import Profile, ProfileConfig
+from carve.passes.quantize import Quantize, QuantizeConfig
 from carve.passes.refit import Refit, RefitConfig
 from carve.passes.route_analytical import RouteAnalytical, RouteAnalyticalConfig
 from carve.passes.route_ridge import RouteRidge, RouteRidgeConfig
@@ -28,6 +29,8 @@ __all__ = [
     "PlaceGatesConfig",
     "Profile",
     "ProfileConfig",
+    "Quantize",
+    "QuantizeConfig",
     "Refit",
     "RefitConfig",
     "RouteAnalytical",

@@ -213,15 +213,17 @@ def _pack(
 def _product(
     b: Builder, node: ir.Node, linears: list[ir.Node], weights: dict[str, Tensor], name: str
 ) -> Any:
-    """Linears of one input as one product; None where only some of them have a bias."""
+    """Linears of one input as one product; None where they differ in width or in having a bias."""
     pairs = [linear_weights(n, weights) for n in linears]
     biases = [bias for _, bias in pairs if bias is not None]
     if len(biases) not in (0, len(linears)):
         return None
+    matrices = [w for w, _ in pairs]
+    if not b.alike(matrices):
+        return None
     path = linear_name(linears[0]).rpartition(".")[0] + f".{name}"
-    weight = torch.cat([w for w, _ in pairs])
     bias = torch.cat(biases) if biases else None
-    return b.linear(node, given(linears[0].inputs[0]), path, weight, bias)
+    return b.linear(node, given(linears[0].inputs[0]), path, matrices, bias)
 
 
 def _gated_inputs(
@@ -244,7 +246,8 @@ def _gated_inputs(
 def linear_name(linear: ir.Node) -> str:
     """Module path of a linear placeholder, from its weight's name."""
     name = str(given(linear.inputs[1]).name)
-    return name.removesuffix("/weight").removeprefix("model/").replace("/", ".")
+    plain = name.removesuffix("/weight").removesuffix("/quantized").removeprefix("model/")
+    return plain.replace("/", ".")
 
 
 def lower_attention(

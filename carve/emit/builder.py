@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
+from carve.arithmetic import Precision
 from carve.emit import pack
 from carve.errors import CarveError
+from carve.grid import Grid
 
 CONTRIB = "com.microsoft"
 
@@ -32,8 +35,8 @@ def lazy_float(name: str, value: Tensor) -> ir.LazyTensor:
 class Builder:
     """Appends nodes before a node of the graph and keeps new initializers."""
 
-    def __init__(self, model: ir.Model, bits: int) -> None:
-        self.graph, self.bits = model.graph, bits
+    def __init__(self, model: ir.Model, precision: Precision) -> None:
+        self.graph, self.precision = model.graph, precision
         self.count = 0
         self.ones: dict[tuple[int, ir.Value | None], Any] = {}
 
@@ -95,36 +98,78 @@ class Builder:
         )
 
     def quantized(
-        self, name: str, make: Callable[[], Tensor], shape: tuple[int, ...], *, blocked: bool
+        self, name: str, parts: Sequence[tuple[Tensor, Grid]]
     ) -> tuple[ir.Value, ir.Value]:
-        """Levels and scales of a weight ``[..., N, K]``; ``blocked``: an axis for the blocks."""
-        *rows, k = shape
-        blocks, width = k // pack.BLOCK, pack.BLOCK * self.bits // 8
-        store: dict[int, np.ndarray] = {}
+        """Levels and scales of weights ``[N, K]`` on grids of one width, rows after one another."""
+        rows, k = sum(len(w) for w, _ in parts), parts[0][0].shape[-1]
+        grid = parts[0][1]
+        blocks, width = k // grid.block, grid.block * grid.bits // 8
 
-        def part(which: int) -> np.ndarray:
-            # Both tensors come from one quantization; each is taken once, then forgotten.
-            if which not in store:
-                levels, scale = pack.quantize(make(), self.bits)
-                packed = pack.pack(levels, self.bits)
-                store[0] = packed.reshape(*rows, blocks, width) if blocked else packed
-                store[1] = scale.numpy()
-            return store.pop(which)
+        def levels() -> np.ndarray:
+            packed = [pack.pack(g.levels(w), grid.bits) for w, g in parts]
+            return np.concatenate(packed).reshape(rows, blocks, width)
 
-        last = (blocks, width) if blocked else (blocks * width,)
-        levels = self.tensor(
-            f"{name}.q{self.bits}", lambda: part(0), (*rows, *last), ir.DataType.UINT8
+        return (
+            self.tensor(f"{name}.q{grid.bits}", levels, (rows, blocks, width), ir.DataType.UINT8),
+            self.tensor(
+                f"{name}.scales",
+                lambda: torch.cat([g.scale for _, g in parts]).numpy(),
+                (rows, blocks),
+                ir.DataType.FLOAT,
+            ),
         )
-        scales = self.tensor(f"{name}.scales", lambda: part(1), (*rows, blocks), ir.DataType.FLOAT)
-        return levels, scales
+
+    def stacked(
+        self, name: str, experts: Sequence[Sequence[tuple[Tensor, Grid]]]
+    ) -> tuple[ir.Value, ir.Value]:
+        """Levels ``[E, N, bytes]`` and scales of one matrix an expert.
+
+        Each is one weight, or the rows of two in turn.
+        """
+        grid = experts[0][0][1]
+        rows, k = sum(len(w) for w, _ in experts[0]), experts[0][0][0].shape[-1]
+        blocks = k // grid.block
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return parts[0] if len(parts) == 1 else pack.interleave(*parts)
+
+        def levels() -> np.ndarray:
+            each = [joined([g.levels(w) for w, g in parts]) for parts in experts]
+            return pack.pack(torch.stack(each), grid.bits)
+
+        def scales() -> np.ndarray:
+            made: np.ndarray = torch.stack(
+                [joined([g.scale for _, g in p]) for p in experts]
+            ).numpy()
+            return made
+
+        count = len(experts)
+        return (
+            self.tensor(
+                f"{name}.q{grid.bits}",
+                levels,
+                (count, rows, k * grid.bits // 8),
+                ir.DataType.UINT8,
+            ),
+            self.tensor(f"{name}.scales", scales, (count, rows, blocks), ir.DataType.FLOAT),
+        )
 
     def linear(
-        self, before: Place, x: ir.Value, name: str, weight: Tensor, bias: Tensor | None
+        self,
+        before: Place,
+        x: ir.Value,
+        name: str,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | None,
     ) -> Any:
-        """``x @ weight.T + bias`` at the model's width."""
-        n, k = weight.shape
-        if self.bits < 16 and k % pack.BLOCK == 0:
-            b, s = self.quantized(name, lambda: weight, (n, k), blocked=True)
+        """``x @ weight.T + bias`` on the weight's grid; several weights as one, rows in order."""
+        weights = [weight] if isinstance(weight, Tensor) else list(weight)
+        grids = [self.precision.of(w) for w in weights]
+        n, k = sum(len(w) for w in weights), weights[0].shape[1]
+        found = [(w, g) for w, g in zip(weights, grids, strict=True) if g is not None]
+        if len(found) == len(weights):
+            grid = found[0][1]
+            b, s = self.quantized(name, found)
             y = self.op(
                 before,
                 "MatMulNBits",
@@ -132,14 +177,14 @@ class Builder:
                 domain=CONTRIB,
                 K=k,
                 N=n,
-                bits=self.bits,
-                block_size=pack.BLOCK,
+                bits=grid.bits,
+                block_size=grid.block,
                 accuracy_level=4,
             )
         else:
             w = self.tensor(
                 f"{name}.t",
-                lambda: weight.float().t().contiguous().numpy(),
+                lambda: torch.cat([w.float() for w in weights]).t().contiguous().numpy(),
                 (k, n),
                 ir.DataType.FLOAT,
             )
@@ -147,6 +192,11 @@ class Builder:
         if bias is not None:
             y = self.op(before, "Add", [y, self.float_tensor(f"{name}.bias", bias)])
         return y
+
+    def alike(self, weights: Sequence[Tensor]) -> bool:
+        """Whether one product can take these weights: all on grids of one width, or on none."""
+        grids = [self.precision.of(w) for w in weights]
+        return len({None if g is None else (g.bits, g.block) for g in grids}) == 1
 
     def ones_like(
         self, before: Place, scores: Any, experts: int, rows: ir.Value | None = None

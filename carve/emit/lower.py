@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from onnx_ir.passes import common as onnx_passes
 from torch import Tensor
 
-from carve.emit import pack
+from carve.arithmetic import Precision, fused
 from carve.emit.attention import (
     Heads,
     RotaryTables,
@@ -25,6 +26,7 @@ from carve.emit.graph import given, produced, replace
 from carve.emit.skeleton import DOMAIN
 from carve.errors import CarveError
 from carve.ffn import RoutedFFN
+from carve.grid import Grid
 from carve.program import Program
 
 
@@ -89,54 +91,88 @@ def _fused_experts(
     scores: Any,
     name: str,
     r: RoutedFFN,
+    grids: Mapping[str, Sequence[Grid]],
     rows: ir.Value | None,
 ) -> Any:
-    """The routed experts as one ``QMoE`` node; ``x`` is ``[..., d]``, every weight exactly 1."""
-    e, m, d = r.expert_up.shape
+    """The routed experts, ``x`` ``[..., d]``, every weight exactly 1: a ``QMoE`` node a width."""
+    widths = sorted({g.bits for g in grids["expert_up"]})
+    if len(widths) == 1:
+        # Routes of weight 0 are skipped by the kernel, which makes k dynamic.
+        routes = (
+            _positive(b, at, scores) if r.dynamic else b.ones_like(at, scores, r.num_experts, rows)
+        )
+        return _qmoe(b, at, x, scores, routes, name, r, range(r.num_experts), grids)
+    routes = _routes(b, at, scores, r)
+    total = None
+    for bits in widths:
+        chosen = [e for e, g in enumerate(grids["expert_up"]) if g.bits == bits]
+        index = b.const(f"{name}.experts{bits}", np.array(chosen))
+        some, taken = (b.op(at, "Gather", [v, index], axis=1) for v in (scores, routes))
+        y = _qmoe(b, at, x, some, taken, f"{name}.{bits}bit", r, chosen, grids)
+        total = y if total is None else b.op(at, "Add", [total, y])
+    return total
+
+
+def _qmoe(
+    b: Builder,
+    at: ir.Node,
+    x: Any,
+    scores: Any,
+    routes: Any,
+    name: str,
+    r: RoutedFFN,
+    experts: Sequence[int],
+    grids: Mapping[str, Sequence[Grid]],
+) -> Any:
+    """One ``QMoE`` node over some of the experts, all of one width."""
     gated = r.expert_gate is not None
     attributes: dict[str, Any] = {"activation_type": "swiglu" if gated else r.activation}
     if gated:
         attributes |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-
-    def first() -> Tensor:
-        return r.expert_up if r.expert_gate is None else pack.interleave(r.expert_gate, r.expert_up)
-
-    first_bias = None
+    pick = torch.tensor(list(experts))
+    first_bias = second_bias = None
     if r.expert_up_bias is not None:
-        bias = r.expert_up_bias
+        bias = r.expert_up_bias[pick]
         if r.expert_gate_bias is not None:
-            bias = torch.stack((r.expert_gate_bias, bias), -1).flatten(1)
+            bias = torch.stack((r.expert_gate_bias[pick], bias), -1).flatten(1)
         first_bias = b.float_tensor(f"{name}.fc1_bias", bias)
-    second_bias = None
     if r.expert_bias is not None:
-        second_bias = b.float_tensor(f"{name}.fc2_bias", r.expert_bias)
-    w1, s1 = b.quantized(f"{name}.fc1", first, (e, 2 * m if gated else m, d), blocked=False)
-    w2, s2 = b.quantized(f"{name}.fc2", lambda: r.expert_down, (e, d, m), blocked=False)
-    inputs = [
-        x,
-        scores,
-        w1,
-        s1,
-        first_bias,
-        w2,
-        s2,
-        second_bias,
-        *[None] * 6,
-        # Routes of weight 0 are skipped by the kernel, which makes k dynamic.
-        _positive(b, at, scores) if r.dynamic else b.ones_like(at, scores, e, rows),
-    ]
+        second_bias = b.float_tensor(f"{name}.fc2_bias", r.expert_bias[pick])
+    fields = ["expert_gate", "expert_up"] if gated else ["expert_up"]
+    w1, s1 = b.stacked(
+        f"{name}.fc1", [[(getattr(r, f)[e], grids[f][e]) for f in fields] for e in experts]
+    )
+    w2, s2 = b.stacked(
+        f"{name}.fc2", [[(r.expert_down[e], grids["expert_down"][e])] for e in experts]
+    )
+    grid = grids["expert_up"][experts[0]]
+    inputs = [x, scores, w1, s1, first_bias, w2, s2, second_bias, *[None] * 6, routes]
     return b.op(
         at,
         "QMoE",
         inputs,
         domain=CONTRIB,
-        k=r.top_k,
+        k=min(r.top_k, len(experts)),
         normalize_routing_weights=0,
-        expert_weight_bits=b.bits,
-        block_size=pack.BLOCK,
+        expert_weight_bits=grid.bits,
+        block_size=grid.block,
         accuracy_level=4,
         **attributes,
     )
+
+
+def _routes(b: Builder, at: ir.Node, scores: Any, r: RoutedFFN) -> Any:
+    """1 for the experts that a token takes, ``[n, E]``: nodes with some of them cannot rank all."""
+    k = b.const(f"carve_k{r.top_k}", np.array([r.top_k]))
+    least, _ = b.op(at, "TopK", [scores, k], outputs=2)
+    last = b.op(
+        at, "Gather", [least, b.const(f"carve_last{r.top_k}", np.array([r.top_k - 1]))], axis=1
+    )
+    hit = b.op(at, "GreaterOrEqual", [scores, last])
+    if r.dynamic:
+        zero = b.const("carve_zero", np.array(0.0, np.float32))
+        hit = b.op(at, "And", [hit, b.op(at, "Greater", [scores, zero])])
+    return b.op(at, "Cast", [hit], to=ir.DataType.FLOAT)
 
 
 def _positive(b: Builder, at: ir.Node, scores: Any) -> Any:
@@ -185,13 +221,18 @@ def _grouped_experts(
     return y
 
 
-def _fusable(r: RoutedFFN, bits: int) -> bool:
-    """Whether ``QMoE`` runs this FFN: its width, its activation and the kernels' block size."""
-    widths = (*r.expert_up.shape[1:], r.expert_down.shape[1])
-    known = (
-        r.activation == "silu" if r.expert_gate is not None else r.activation in ("silu", "relu")
-    )
-    return bits < 16 and known and all(w % pack.BLOCK == 0 for w in widths)
+def _expert_grids(b: Builder, r: RoutedFFN) -> dict[str, list[Grid]] | None:
+    """The experts' grids where ``QMoE`` can run them all, else None."""
+    found: dict[str, list[Grid]] = {}
+    for name in ("expert_gate", "expert_up", "expert_down"):
+        weight = getattr(r, name)
+        if weight is None:
+            continue
+        grids = [b.precision.of(w) for w in weight]
+        if not fused(r, b.precision.block) or any(g is None for g in grids):
+            return None
+        found[name] = [g for g in grids if g is not None]
+    return found
 
 
 def _lower_routed(
@@ -202,8 +243,9 @@ def _lower_routed(
     x = node.inputs[0]
     flat = b.op(node, "Reshape", [x, b.const(f"carve_rows{d}", np.array([-1, d]))])
     scores = _router(b, node, flat, name, r)
-    if _fusable(r, b.bits):
-        y = _fused_experts(b, node, x, scores, name, r, rows)
+    grids = _expert_grids(b, r)
+    if grids is not None:
+        y = _fused_experts(b, node, x, scores, name, r, grids, rows)
         shared = _shared(b, node, x, name, r)
         replace(node, [y if shared is None else b.op(node, "Add", [shared, y])])
         return
@@ -241,10 +283,12 @@ def _same_shape(add: ir.Node) -> bool:
     return all(s is not None and len(s) == 3 for s in shapes) and shapes[0] == shapes[1]
 
 
-def lower(model: ir.Model, weights: dict[str, Tensor], program: Program, bits: int) -> None:
+def lower(
+    model: ir.Model, weights: dict[str, Tensor], program: Program, precision: Precision
+) -> None:
     """Replace every placeholder by operators of onnxruntime, in place."""
     graph = model.graph
-    b = Builder(model, bits)
+    b = Builder(model, precision)
     # Equal cosines and sines become one value, which tells equal rotary embeddings.
     onnx_passes.CommonSubexpressionEliminationPass()(model)
     placeholders: dict[str, list[ir.Node]] = {

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common as onnx_passes
 
+from carve.arithmetic import Precision
 from carve.emit.lower import lower
 from carve.emit.skeleton import quiet, skeleton
 from carve.errors import UserError
@@ -34,7 +35,8 @@ def emit(program: Program, path: Path, bits: int) -> Emitted:
     Args:
         program: dense or routed.
         path: the model file; its folder has to exist.
-        bits: 4 or 8 for block-wise weights, 16 or more for fp32.
+        bits: 4 or 8 for block-wise weights, 16 or more for fp32, where no pass has quantized the
+            program; else its own grids are emitted.
 
     Raises:
         UserError: an unknown width.
@@ -44,7 +46,7 @@ def emit(program: Program, path: Path, bits: int) -> Emitted:
         raise UserError("bits", f"--bits {bits} is not one of 16, 8, 4", "try --bits 4")
     with quiet():
         model, weights = skeleton(program)
-        lower(model, weights, program, bits)
+        lower(model, weights, program, Precision(program, bits))
         model.graph.name = "carve"
         onnx_passes.TopologicalSortPass()(model)
         model.ir_version = min(model.ir_version or 10, 11)

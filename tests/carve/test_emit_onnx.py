@@ -14,9 +14,9 @@ import tiny_models as tiny
 import torch
 from torch import Tensor, nn
 
+from carve.arithmetic import Precision
 from carve.capture import capture_module
 from carve.dialect import ACTIVATIONS, linear_rule
-from carve.emit import pack
 from carve.emit.onnx import emit
 from carve.errors import CarveError, UserError
 from carve.parity import check_parity, feeds_of, routings
@@ -46,7 +46,7 @@ class Written:
 
     def want(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The program in the kernels' arithmetic."""
-        with linear_rule(lambda x, w: pack.emulate(x, w, self.bits)):
+        with linear_rule(Precision(self.program, self.bits).rule()):
             return self.program.run(*inputs)
 
 
@@ -102,7 +102,7 @@ def test_parity(name: str, bits: int, written: Callable[[str, int], Written]) ->
     w = written(name, bits)
     # Other routings than the example's, other lengths, and not the same in both.
     two = prompts(w.program, 9, 14)
-    with linear_rule(lambda x, weight: pack.emulate(x, weight, bits)):
+    with linear_rule(Precision(w.program, bits).rule()):
         chosen = [set(routings(w.program, p)) for p in two]
         example = set(routings(w.program, w.program.example))
     assert chosen[0] != chosen[1]

@@ -1,0 +1,371 @@
+"""Rounding one linear, or one routed FFN with all its experts, on what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carve.arithmetic import rounded
+from carve.ffn import RoutedFFN
+from carve.grid import BLOCK, Grid
+from carve.quantizer import RTN, Method, error_of, solve, values
+from carve.sites import Linear
+from carve.statistics import (
+    down_features,
+    down_matrix,
+    pulled_ridge,
+    pulled_towards,
+    with_down_matrix,
+)
+from carve.twin import UnitLesson
+
+_STRENGTHS = (1e-2, 1e-1, 1.0)
+_CHUNK = 4096
+_FLOOR = 0.03
+"""Weight of a token that gives a group of logits no probability."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How units are rounded.
+
+    ``method``: see `carve.quantizer.solve`; ``correct``: move the weights first to where the inputs
+    that quantization leaves give the former results (closed form), else round them as they are;
+    ``prior``: pseudo-tokens, as a share of the input width, by which an expert's Gram matrix is
+    shrunk towards that of all tokens (0: its own tokens alone; infinity: all tokens alone);
+    ``fall_back``: keep round-to-nearest where its error on held-out tokens is lower; ``sort``:
+    order an expert's neurons by size, so that those that share a scale are alike; ``head_groups``:
+    weigh the tokens of each group of logits by its share in the divergence.
+    """
+
+    method: Method = field(default_factory=Method)
+    correct: bool = True
+    prior: float = 0.5
+    fall_back: bool = True
+    sort: bool = True
+    head_groups: bool = True
+
+
+def folds(count: int) -> tuple[Tensor, Tensor]:
+    """Tokens to fit and, every fifth, to judge."""
+    index = torch.arange(count)
+    held = index % 5 == 4
+    return index[~held], index[held]
+
+
+def _gram(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """``X'wX`` over the tokens ``index``."""
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    for rows in torch.split(index, _CHUNK):
+        gram += (x[rows] * weight[rows, None]).T @ x[rows]
+    return gram
+
+
+def _moments(x: Tensor, y: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """``X'wX`` and ``X'wY`` over the tokens ``index``."""
+    cross = x.new_zeros(x.shape[1], y.shape[1])
+    for rows in torch.split(index, _CHUNK):
+        cross += (x[rows] * weight[rows, None]).T @ y[rows]
+    return _gram(x, weight, index), cross
+
+
+def _size(view: Callable[[Tensor], Tensor], y: Tensor, weight: Tensor, index: Tensor) -> float:
+    """Weighted sum of squares of ``view(y)`` over the tokens ``index``."""
+    parts = torch.split(index, _CHUNK)
+    return sum(float((weight[rows, None] * view(y[rows]).square()).sum()) for rows in parts)
+
+
+def round_matrices(
+    weight: Tensor, gram: Tensor, held: Tensor, bits: Tensor, how: Rounding
+) -> tuple[Tensor, Tensor]:
+    """`solve`, or round-to-nearest where its error by ``held`` is lower, matrix by matrix.
+
+    Shapes as there; gives weights ``[B, N, K]`` on their grids, and scales.
+    """
+    z, scale = solve(weight, gram, bits, how.method)
+    new = values(z, scale)
+    if how.fall_back and how.method != RTN:
+        z, plain_scale = solve(weight, gram, bits, RTN)
+        plain = values(z, plain_scale)
+        worse = error_of(weight, new, held) > error_of(weight, plain, held)
+        new = torch.where(worse[:, None, None], plain, new)
+        scale = torch.where(worse[:, None, None], plain_scale, scale)
+    return new, scale
+
+
+def round_linear(
+    lesson: UnitLesson, bits: int, how: Rounding, *, is_head: bool = False
+) -> tuple[Tensor, Tensor | None, Grid]:
+    """Weight on its grid, bias, and grid of a linear.
+
+    Its weight first moves to ``W + (R - G W)(G + l D)^-1`` with ``G`` the Gram matrix of the
+    rounded inputs and ``R`` their products with the target, see `pulled_ridge`; so it undoes what
+    it can of the errors before it (GPTAQ, arXiv 2504.02692, for the idea).
+    """
+    unit = lesson.unit
+    assert isinstance(unit, Linear)
+    x, target = rounded(lesson.x), lesson.target
+    if unit.bias is not None:
+        target = target - unit.bias.float()
+    parts = folds(len(x))
+    moments = [_moments(x, target, lesson.weight, i) for i in parts]
+    start = unit.weight.float().T
+    if how.correct:
+        held = parts[1]
+        fit = pulled_ridge(
+            [m[0] for m in moments],
+            [m[1] for m in moments],
+            start,
+            _STRENGTHS,
+            lambda view: _size(view, target, lesson.weight, held),
+        )
+        start = fit.solution
+    wanted, widths = start.T.contiguous(), torch.full((start.shape[0] // BLOCK,), bits)
+    new, scale = torch.empty_like(wanted), wanted.new_empty(len(wanted), len(widths))
+    for rows, importance in _row_groups(lesson, how, is_head):
+        gram, held = moments[0][0] + moments[1][0], moments[1][0]
+        if importance is not None:
+            gram, held = (_gram(x, importance, i) for i in parts)
+            gram = gram + held
+        found = round_matrices(wanted[rows][None], gram[None], held[None], widths, how)
+        new[rows], scale[rows] = found[0][0], found[1][0]
+    bias = unit.bias
+    if bias is not None and how.correct:
+        w = lesson.weight / lesson.weight.sum()
+        bias = bias.float() + w @ (target - x @ new.T)
+    return new.to(unit.weight.dtype), bias, Grid(bits, scale)
+
+
+def _row_groups(
+    lesson: UnitLesson, how: Rounding, is_head: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Rows that share token weights ``[T]``: all of them, or for logits groups of like tokens.
+
+    ``KL(p || p')`` is ``sum_n p_n (1 - p_n) dz_n^2 / 2`` and cross terms to second order, so an
+    error in the logit of token ``n`` counts where ``n`` is likely. A Gram matrix for every row
+    would be too many: rows are grouped by direction (k-means on cosine), and a group's tokens are
+    weighted by the mean of ``p_n (1 - p_n)`` over it, with a floor.
+    """
+    weight = lesson.unit.weight.float() if isinstance(lesson.unit, Linear) else lesson.target
+    rows, width = weight.shape
+    count = min(64, 16_384 // width, rows // 32) if is_head and how.head_groups else 1
+    if count < 2:
+        yield torch.arange(rows), None
+        return
+    group = _directions(weight, count)
+    member = torch.nn.functional.one_hot(group, count).float()
+    parts = []
+    for part in torch.split(lesson.target, 1024):
+        p = part.softmax(-1)
+        parts.append((p * (1 - p)) @ member)
+    mass = torch.cat(parts)
+    for g in range(count):
+        index = (group == g).nonzero().squeeze(1)
+        if len(index):
+            share = mass[:, g] / mass[:, g].mean().clamp_min(1e-30)
+            yield index, share + _FLOOR
+
+
+def _directions(rows: Tensor, count: int, rounds: int = 12) -> Tensor:
+    """The group of each row by k-means on the cosine of rows about their mean."""
+    unit = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
+    generator = torch.Generator().manual_seed(count)
+    centre = unit[torch.randperm(len(unit), generator=generator)[:count]]
+    for _ in range(rounds):
+        group = (unit @ centre.T).argmax(1)
+        centre = torch.nn.functional.normalize(
+            torch.zeros_like(centre).index_add_(0, group, unit), dim=1
+        )
+    return group
+
+
+def sorted_neurons(routed: RoutedFFN, x: Tensor) -> RoutedFFN:
+    """Neurons of the shared expert and of every expert in order of falling size on ``x``.
+
+    The size is the root mean square of the hidden activation over the tokens that reach it, times
+    the norm of its column. The function is the same: only the order within experts changes.
+    """
+    h = torch.cat(
+        [routed.merged().hidden(p).square().mean(0)[None] for p in torch.split(x, _CHUNK)]
+    )
+    size = h.mean(0).sqrt()
+    s, experts = routed.shared_size, routed.num_experts
+    changes: dict[str, Any] = {}
+    if s:
+        order = size[:s].argsort(descending=True)
+        for name in ("shared_gate", "shared_gate_bias", "shared_up", "shared_up_bias"):
+            t = getattr(routed, name)
+            if t is not None:
+                changes[name] = t[order]
+        assert routed.shared_down is not None
+        changes["shared_down"] = routed.shared_down[:, order]
+    orders = size[s:].reshape(experts, -1).argsort(-1, descending=True)
+    for name in ("expert_gate", "expert_gate_bias", "expert_up", "expert_up_bias"):
+        t = getattr(routed, name)
+        if t is not None:
+            index = orders if t.ndim == 2 else orders[..., None].expand_as(t)
+            changes[name] = t.gather(1, index)
+    down = routed.expert_down
+    changes["expert_down"] = down.gather(2, orders[:, None].expand_as(down))
+    return replace(routed, **{k: v.contiguous() for k, v in changes.items()})
+
+
+def round_ffn(
+    routed: RoutedFFN,
+    lesson: UnitLesson,
+    shared_bits: int,
+    expert_bits: Sequence[int],
+    how: Rounding,
+) -> RoutedFFN:
+    """A routed FFN with every matrix on a grid; the router stays fp32.
+
+    In-projections first: experts each by the tokens they get, ``G = G_e + n0 P / T`` with ``P`` the
+    Gram matrix of all ``T`` tokens, scaled to the expert's own mean diagonal, and ``n0`` =
+    ``prior`` times the width (a Hessian of few tokens has no rank, EAQuant, arXiv 2506.13329, feeds
+    such experts more text; this needs none). Then all down-projections as one matrix on the masked
+    hidden activations that the rounded in-projections give (`down_features`), so that the error of
+    one expert's column is made up for by the columns of others that run beside it.
+    """
+    x, former, weight = rounded(lesson.x), lesson.reference, lesson.weight
+    chosen = routed.chosen(lesson.x)
+    routed = _round_in(routed, x, former, weight, chosen, shared_bits, expert_bits, how)
+    return _round_down(routed, x, lesson.target, weight, chosen, shared_bits, expert_bits, how)
+
+
+def _widths(bits: int, columns: int) -> Tensor:
+    return torch.full((columns // BLOCK,), bits)
+
+
+def _round_in(
+    r: RoutedFFN,
+    x: Tensor,
+    former: Tensor,
+    weight: Tensor,
+    chosen: Tensor,
+    shared_bits: int,
+    expert_bits: Sequence[int],
+    how: Rounding,
+) -> RoutedFFN:
+    parts = folds(len(x))
+    every = [_moments(x, former, weight, i) for i in parts]
+    gram, cross = (every[0][j] + every[1][j] for j in (0, 1))
+    changes: dict[str, Any] = {}
+    grids: dict[str, Grid | tuple[Grid, ...]] = dict(r.grids)
+
+    def corrected(w: Tensor, g: Tensor, c: Tensor) -> Tensor:
+        """Where rounded inputs give what the former ones gave: ``c`` is ``X' X_former``."""
+        if not how.correct:
+            return w
+        flat = w.flatten(0, 1).T if w.ndim == 3 else w.T
+        return pulled_towards(flat, g, c @ flat, 0.1).T.reshape(w.shape)
+
+    def pair(gate: Tensor | None, up: Tensor) -> Tensor:
+        return up.float() if gate is None else torch.cat((gate.float(), up.float()))
+
+    def store(prefix: str, gate: Tensor | None, up: Tensor, new: Tensor, scale: Tensor) -> None:
+        names = [f"{prefix}_up"] if gate is None else [f"{prefix}_gate", f"{prefix}_up"]
+        for name, w, s in zip(names, new.chunk(len(names)), scale.chunk(len(names)), strict=True):
+            changes[name], grids[name] = w.to(up.dtype), Grid(shared_bits, s.contiguous())
+
+    if r.shared_up is not None:
+        w = corrected(pair(r.shared_gate, r.shared_up), gram, cross)
+        new, scale = round_matrices(
+            w[None], gram[None], every[1][0][None], _widths(shared_bits, w.shape[1]), how
+        )
+        store("shared", r.shared_gate, r.shared_up, new[0], scale[0])
+    found: list[tuple[Tensor, Tensor]] = []
+    pseudo = how.prior * x.shape[1]
+    total = float(weight.sum())
+    for e in range(r.num_experts):
+        w = pair(None if r.expert_gate is None else r.expert_gate[e], r.expert_up[e])
+        own, own_held = gram, every[1][0]
+        own_cross = cross
+        if pseudo != float("inf"):
+            moments = [_moments(x, former, weight, i[chosen[i, e]]) for i in parts]
+            own, own_cross = (moments[0][j] + moments[1][j] for j in (0, 1))
+            own_held = moments[1][0]
+            count = float(weight[chosen[:, e]].sum())
+            mean = own.diagonal().sum() / max(count, 1.0)
+            share = pseudo / total * (mean / (gram.diagonal().sum() / total) if count else 1.0)
+            own, own_cross = own + share * gram, own_cross + share * cross
+            own_held = own_held + share * every[1][0]
+        w = corrected(w, own, own_cross)
+        new, scale = round_matrices(
+            w[None], own[None], own_held[None], _widths(expert_bits[e], w.shape[1]), how
+        )
+        found.append((new[0], scale[0]))
+    names = ["expert_up"] if r.expert_gate is None else ["expert_gate", "expert_up"]
+    for i, name in enumerate(names):
+        both = [(w.chunk(len(names))[i], s.chunk(len(names))[i]) for w, s in found]
+        changes[name] = torch.stack([w for w, _ in both]).to(r.expert_up.dtype)
+        grids[name] = tuple(
+            Grid(b, s.contiguous()) for b, (_, s) in zip(expert_bits, both, strict=True)
+        )
+    return replace(r, grids=grids, **changes)
+
+
+def _round_down(
+    r: RoutedFFN,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    chosen: Tensor,
+    shared_bits: int,
+    expert_bits: Sequence[int],
+    how: Rounding,
+) -> RoutedFFN:
+    parts = folds(len(x))
+    merged = r.merged()
+    start = down_matrix(r)
+    n = len(start) - r.num_experts - 1
+    grams, rights = [], []
+
+    def features(rows: Tensor) -> Tensor:
+        h = rounded(merged.hidden(x[rows]).float())
+        return down_features(h, chosen[rows], r)
+
+    for index in parts:
+        gram, right = x.new_zeros(len(start), len(start)), x.new_zeros(start.shape)
+        for rows in torch.split(index, _CHUNK):
+            phi = features(rows)
+            scaled = phi * weight[rows, None]
+            gram += scaled.T @ phi
+            right += scaled.T @ target[rows]
+        grams.append(gram)
+        rights.append(right)
+    if how.correct:
+        held = parts[1]
+        start = pulled_ridge(
+            grams,
+            rights,
+            start,
+            _STRENGTHS,
+            lambda view: _size(view, target, weight, held),
+        ).solution
+    gram, right = grams[0] + grams[1], rights[0] + rights[1]
+    bits = torch.cat(
+        (
+            _widths(shared_bits, r.shared_size),
+            *(_widths(b, r.expert_size) for b in expert_bits),
+        )
+    )
+    new, scale = round_matrices(
+        start[:n].T.contiguous()[None], gram[None, :n, :n], grams[1][None, :n, :n], bits, how
+    )
+    matrix = torch.cat((new[0].T, start[n:]))
+    if how.correct:
+        # The biases take what is left of the mean, by expert.
+        left = right[n:] - gram[n:, :n] @ matrix[:n]
+        matrix[n:] = pulled_towards(matrix[n:], gram[n:, n:], left, 1e-2)
+    grids = dict(r.grids)
+    blocks = scale[0].split([r.shared_size // BLOCK, *[r.expert_size // BLOCK] * r.num_experts], 1)
+    if r.shared_size:
+        grids["shared_down"] = Grid(shared_bits, blocks[0].contiguous())
+    grids["expert_down"] = tuple(
+        Grid(b, s.contiguous()) for b, s in zip(expert_bits, blocks[1:], strict=True)
+    )
+    return replace(with_down_matrix(r, matrix), grids=grids)

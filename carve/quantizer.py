@@ -1,0 +1,205 @@
+"""Rounding a matrix so that its products change least: GPTQ, then descent on levels and scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carve.grid import BLOCK, Grid
+
+_PANEL = 128
+_SHRINK = tuple(1.0 - 0.05 * i for i in range(9))
+
+
+@dataclass(frozen=True)
+class Method:
+    """How `solve` rounds.
+
+    ``search``: choose scales by weighted squared error instead of the block's extreme; ``gptq``:
+    feed each column's error to the columns after it; ``sweeps``: rounds of coordinate descent on
+    levels and scales; ``damping``: added to the Gram matrix's diagonal, times its mean.
+    """
+
+    search: bool = True
+    gptq: bool = True
+    sweeps: int = 4
+    damping: float = 0.01
+
+
+RTN = Method(search=False, gptq=False, sweeps=0)
+GPTQ = Method(search=False, gptq=True, sweeps=0)
+
+
+def error_of(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
+    """``tr((W - W') G (W - W')')`` by matrix: ``[B]`` for ``[B, N, K]`` and ``[B, K, K]``."""
+    off = weight - rounded
+    return ((off @ gram) * off).sum((-2, -1))
+
+
+def solve(
+    weight: Tensor,
+    gram: Tensor,
+    bits: Tensor,
+    method: Method | None = None,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """Levels and scales that keep ``X W'`` for inputs with ``gram = X'X``.
+
+    The loss is ``tr((W - W') G (W - W')')``. Scales: by block, the factor of the extreme (and its
+    sign) of least squared error weighted by ``diag G``. GPTQ (arXiv 2210.17323) with the columns in
+    order of falling ``diag G`` and the scales fixed before: ``W_j' = round(W_j)``, and
+    ``(W_j - W_j') U_jk / U_jj`` is taken from every later column ``k`` (``U'U = G^-1``, ``U``
+    upper).
+    Then coordinate descent (QuantEase, arXiv 2309.01885) from there, the scales with the levels:
+    with ``R = (W - W') G``, a block's scale moves by ``(z R_b') / (z G_bb z')`` for its levels
+    ``z``, and a weight to the level nearest ``w'_j + R_j / G_jj``. No step raises the loss.
+
+    Args:
+        weight: ``[B, N, K]`` fp32.
+        gram: ``[B, K, K]`` fp32.
+        bits: width of each block, ``[K / block]`` integers.
+        method: what of it to do.
+        block: weights a scale.
+
+    Returns:
+        Levels centred on zero, fp32 ``[B, N, K]``, and scales fp32 ``[B, N, K / block]``.
+    """
+    method = method or Method()
+    g = gram.clone()
+    diagonal = g.diagonal(dim1=-2, dim2=-1)
+    # A column that nothing ever reached still has to be rounded well: other text may reach it.
+    diagonal += method.damping * diagonal.mean(-1, keepdim=True) + 1e-12
+    top = (2.0 ** (bits.float() - 1)).to(weight)
+    scale = _scales(weight, diagonal, top, block, search=method.search)
+    start = (weight, scale, top, block)
+    z = _gptq(*start, g) if method.gptq else _nearest(*start)
+    if method.sweeps:
+        _descend(weight, g, z, scale, top, block, method.sweeps)
+    return z, scale
+
+
+def values(z: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
+    """The weights that centred levels stand for."""
+    result: Tensor = (z.unflatten(-1, (-1, block)) * scale[..., None]).flatten(-2)
+    return result
+
+
+def grid_of(scale: Tensor, bits: int, block: int = BLOCK) -> Grid:
+    """Scales as a grid."""
+    return Grid(bits, scale.contiguous(), block)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _nearest(weight: Tensor, scale: Tensor, top: Tensor, block: int) -> Tensor:
+    z = (weight.unflatten(-1, (-1, block)) / _divisor(scale)[..., None]).round_()
+    limit = top[:, None]
+    result: Tensor = torch.minimum(torch.maximum(z, -limit), limit - 1).flatten(-2)
+    return result
+
+
+def _scales(weight: Tensor, diagonal: Tensor, top: Tensor, block: int, *, search: bool) -> Tensor:
+    blocks = weight.unflatten(-1, (-1, block))
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    best = torch.where(-low > high, low, high) / -top
+    if not search:
+        return best
+    importance = diagonal.unflatten(-1, (-1, block))[:, None]
+    least = torch.full_like(best, torch.inf)
+    base = best.clone()
+    limit = top[:, None]
+    for sign in (1.0, -1.0):
+        for factor in _SHRINK:
+            # The other sign has one level less on the extreme's side.
+            trial = base * (sign * factor * (1.0 if sign > 0 else 1.0 + 1.0 / float(top.max())))
+            z = (blocks / _divisor(trial)[..., None]).round_()
+            z = torch.minimum(torch.maximum(z, -limit), limit - 1)
+            error = ((z * trial[..., None] - blocks).square_() * importance).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, trial, best)
+    return best
+
+
+def _upper_root(gram: Tensor) -> Tensor:
+    """``U`` upper with ``U'U = G^-1``; more damping until it can be factored."""
+    extra = 0.0
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(gram.shape[-1])
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + extra * mean * eye)
+        if not failed.any():
+            inverse = torch.cholesky_inverse(factor)
+            root: Tensor
+            root, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed.any():
+                return root
+        extra = max(2 * extra, 1e-4)
+
+
+def _gptq(weight: Tensor, scale: Tensor, top: Tensor, block: int, gram: Tensor) -> Tensor:
+    """Centred levels; columns in order of falling diagonal."""
+    count, rows, k = weight.shape
+    order = gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+    pick = order[:, None].expand(count, rows, k)
+    w = weight.gather(2, pick)
+    s = _divisor(scale).repeat_interleave(block, -1).gather(2, pick)
+    high = top.repeat_interleave(block)[order][:, None]
+    each = torch.arange(count)[:, None, None]
+    u = _upper_root(gram[each, order[:, :, None], order[:, None]])
+    z = torch.empty_like(w)
+    for start in range(0, k, _PANEL):
+        stop = min(start + _PANEL, k)
+        panel = w[..., start:stop]
+        errors = torch.empty_like(panel)
+        for j in range(stop - start):
+            at = start + j
+            column, step = panel[..., j], s[..., at]
+            level = (column / step).round_()
+            level = torch.minimum(torch.maximum(level, -high[..., at]), high[..., at] - 1)
+            z[..., at] = level
+            error = (column - level * step) / u[:, at, at, None]
+            errors[..., j] = error
+            panel[..., j + 1 :] -= error[..., None] * u[:, None, at, at + 1 : stop]
+        w[..., stop:] -= errors @ u[:, start:stop, stop:]
+    return torch.empty_like(z).scatter_(2, pick, z)
+
+
+def _descend(
+    weight: Tensor,
+    gram: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    top: Tensor,
+    block: int,
+    sweeps: int,
+) -> None:
+    """Coordinate descent on levels and scales, in place."""
+    rest = (weight - values(z, scale, block)) @ gram
+    for _ in range(sweeps):
+        for b in range(scale.shape[-1]):
+            at = slice(b * block, (b + 1) * block)
+            own = gram[:, at, at]
+            diagonal = own.diagonal(dim1=-2, dim2=-1)
+            high = float(top[b])
+            part, before = rest[..., at].clone(), z[..., at] * scale[..., b, None]
+            level = z[..., at].clone()
+            pull = level @ own
+            weightiness = (pull * level).sum(-1)
+            move = (level * part).sum(-1) / weightiness.clamp_min(1e-30)
+            move = torch.where(weightiness > 0, move, torch.zeros_like(move))
+            scale[..., b] += move
+            part -= move[..., None] * pull
+            step = _divisor(scale[..., b])
+            for j in range(block):
+                wanted = level[..., j] + part[..., j] / (diagonal[:, j, None] * step)
+                new = wanted.round_().clamp_(-high, high - 1)
+                part -= ((new - level[..., j]) * step)[..., None] * own[:, None, j]
+                level[..., j] = new
+            z[..., at] = level
+            moved = level * scale[..., b, None] - before
+            rest -= moved @ gram[:, at]

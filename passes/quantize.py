@@ -1,0 +1,305 @@
+"""Quantize: every weight on a block-wise grid, fitted to the arithmetic of what will run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from carve.arithmetic import Precision, grids_of, rounded
+from carve.calibration import limit_batches
+from carve.dialect import hidden, linear_rule, select
+from carve.errors import UserError
+from carve.ffn import RoutedFFN
+from carve.grid import BLOCK
+from carve.passbase import Context, ContractError, Pass
+from carve.program import Program
+from carve.quantize_units import Rounding, folds, round_ffn, round_linear, sorted_neurons
+from carve.quantizer import GPTQ, RTN, Method
+from carve.sites import FFNSite, Linear
+from carve.statistics import ridge
+from carve.tuning import calibrated
+from carve.twin import UnitLesson, twin_walk
+
+METHODS = {
+    "carve": Rounding(),
+    "gptq": Rounding(GPTQ, False, 0.0, False, False, False),
+    "gptq-all": Rounding(GPTQ, False, float("inf"), False, False, False),
+    "gptq-fallback": Rounding(GPTQ, False, 0.0, True, False, False),
+    "rtn": Rounding(RTN, False, 0.0, False, False, False),
+}
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Settings of `Quantize`.
+
+    ``method``: ``carve``, or to compare with ``rtn`` (round-to-nearest), ``gptq`` (each expert by
+    its own tokens), ``gptq-all`` (every token through every expert) or ``gptq-fallback``
+    (round-to-nearest where that is better). ``tokens``: calibration tokens. ``prior`` and
+    ``sweeps``: see `carve.quantize_units.Rounding` and `carve.quantizer.Method`. ``realign``: fit
+    the routers again to what quantized inputs they see, where held-out agreement gets better.
+    """
+
+    method: str = "carve"
+    tokens: int = 24_576
+    prior: float = 0.5
+    sweeps: int = 4
+    realign: bool = True
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """Signal to noise in dB of each expert's result, rounded weights and activations apart.
+
+    ``tokens``: that reached it in calibration; ``prior``: share of the other tokens in its Gram
+    matrix; ``bits``: its width.
+    """
+
+    sqnr: list[float] = field(default_factory=list)
+    sqnr_weights: list[float] = field(default_factory=list)
+    sqnr_activations: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    prior: list[float] = field(default_factory=list)
+    bits: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class QuantizeMetrics:
+    """What quantizing did, on calibration tokens held out from the fit.
+
+    ``bits`` of each linear and shared expert; ``error``: relative squared error of each unit's
+    result; by routed FFN: ``experts``; ``agreement``: share of tokens whose set of experts is the
+    one before quantization, ``agreement_clean`` with the router given the inputs as they were;
+    ``jaccard``: mean overlap of the sets; ``margin``: median distance of a flipped score from
+    where it decides, over the scores' own spread; ``realigned``: whether the router was fitted
+    again. ``effective_bits``: size of levels and scales over the number of weights.
+    """
+
+    bits: dict[str, int] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, ExpertRecord] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    agreement_clean: dict[str, float] = field(default_factory=dict)
+    jaccard: dict[str, float] = field(default_factory=dict)
+    margin: dict[str, float] = field(default_factory=dict)
+    realigned: dict[str, bool] = field(default_factory=dict)
+    effective_bits: list[float] = field(default_factory=list)
+
+
+class Quantize(Pass[QuantizeConfig]):
+    """Round weight after weight, each on the inputs that the rounded ones before it leave.
+
+    Two copies of the calibration text run side by side (`carve.twin`), one through the program as
+    it was, one through the rounded program in the arithmetic of the target (`carve.arithmetic`):
+    block-wise int8 activations and signed scales. How one unit is rounded: `carve.quantize_units`
+    and `carve.quantizer`. Routers stay fp32 and are realigned by ridge regression to the scores
+    they had (EAQuant, arXiv 2506.13329, for the idea), accepted only if the set of experts is the
+    former one on more held-out tokens.
+
+    Weights whose rows are no whole blocks stay as they are.
+    """
+
+    name = "quantize"
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Needs widths, and a program that is not quantized yet."""
+        if context.bits >= 16 and not context.widths:
+            raise ContractError("contract", f"{self.name} needs a width below 16 bits")
+        if self.config.method not in METHODS:
+            raise UserError(
+                "config",
+                f"quantize.method {self.config.method!r} is not one of {', '.join(METHODS)}",
+            )
+
+    def call(self, program: Program, context: Context) -> QuantizeMetrics:
+        """Quantize every linear and routed FFN."""
+        c = self.config
+        how = METHODS[c.method]
+        if c.method == "carve":
+            how = replace(how, prior=c.prior, method=Method(sweeps=c.sweeps))
+        metrics = QuantizeMetrics()
+        head = program.module.graph.output_node().args[0]
+        logits = head[0] if isinstance(head, (tuple, list)) else head
+        batches = limit_batches(context.batches, c.tokens)
+        walk = twin_walk(
+            program,
+            batches,
+            lambda: Precision(program, 16).rule(),
+            lambda units: context.progress(units, self.name),
+        )
+        with torch.no_grad():
+            try:
+                lesson = next(walk)
+                while True:
+                    unit = lesson.unit
+                    if isinstance(unit, Linear):
+                        unit = self._linear(
+                            program, lesson, context, how, metrics, is_head=unit.output is logits
+                        )
+                    else:
+                        self._ffn(program, unit, lesson, context, how, metrics)
+                    lesson = walk.send(unit)
+            except StopIteration:
+                pass
+        metrics.effective_bits.append(effective_bits(program))
+        return metrics
+
+    def _linear(
+        self,
+        program: Program,
+        lesson: UnitLesson,
+        context: Context,
+        how: Rounding,
+        metrics: QuantizeMetrics,
+        *,
+        is_head: bool,
+    ) -> Linear:
+        unit = lesson.unit
+        assert isinstance(unit, Linear)
+        widths = context.widths_of(unit)
+        if unit.weight.shape[1] % BLOCK:
+            return unit
+        weight, bias, grid = round_linear(lesson, widths.shared, how, is_head=is_head)
+        new = program.set_linear(unit, weight, bias, grid)
+        metrics.bits[unit.name] = widths.shared
+        held = folds(len(lesson.x))[1]
+        y = rounded(lesson.x[held]) @ grid.round(weight).T
+        metrics.error[unit.name] = _relative(y if bias is None else y + bias, lesson.target[held])
+        return new
+
+    def _ffn(
+        self,
+        program: Program,
+        site: FFNSite,
+        lesson: UnitLesson,
+        context: Context,
+        how: Rounding,
+        metrics: QuantizeMetrics,
+    ) -> None:
+        before = site.routed
+        assert before is not None
+        widths = context.widths_of(site)
+        routed = sorted_neurons(before, lesson.x) if how.sort else before
+        held = folds(len(lesson.x))[1]
+        if self.config.realign and self.config.method == "carve":
+            routed, metrics.realigned[site.name] = realigned(routed, before, lesson)
+        new = round_ffn(routed, lesson, widths.shared, widths.experts, how)
+        program.set_routed(site, new)
+        site.tuned = True
+        metrics.bits[site.name] = widths.shared
+        x, former = lesson.x[held], lesson.reference[held]
+        want = before.chosen(former)
+        got = new.chosen(x)
+        metrics.agreement[site.name] = agreement(got, want)
+        metrics.agreement_clean[site.name] = agreement(new.chosen(former), want)
+        metrics.jaccard[site.name] = float(
+            ((got & want).sum(1) / (got | want).sum(1).clamp_min(1)).mean()
+        )
+        metrics.margin[site.name] = _margin(before, former, got ^ want)
+        metrics.experts[site.name] = _record(
+            routed, new, lesson.x, new.chosen(lesson.x), how, widths.experts
+        )
+        with linear_rule(Precision(program, 16).rule()):
+            metrics.error[site.name] = _relative(new(x), lesson.target[held])
+
+
+def _relative(y: Tensor, target: Tensor) -> float:
+    return float((y - target).square().sum() / target.square().sum().clamp_min(1e-30))
+
+
+def agreement(got: Tensor, want: Tensor) -> float:
+    """Share of tokens with exactly the same experts; masks ``[T, E]``."""
+    return float((got == want).all(1).float().mean())
+
+
+def realigned(
+    routed: RoutedFFN, before: RoutedFFN, lesson: UnitLesson, strength: float = 1e-2
+) -> tuple[RoutedFFN, bool]:
+    """The FFN with a router that gives on quantized inputs the scores it gave, if it agrees more.
+
+    ``min |X W' + b' - Z|^2`` by ridge regression on four fifths of the tokens, ``X`` ``[T, d]`` the
+    inputs now and ``Z`` ``[T, E]`` the former scores; with a threshold, it is set anew so that as
+    many experts a token are on. Judged on the other fifth by the share of tokens whose set of
+    experts is the former one.
+    """
+    if routed.router_gate is not None:
+        return routed, False
+    fit, held = folds(len(lesson.x))
+    scores = before.logits(lesson.reference)
+    w, b = ridge(lesson.x[fit], scores[fit], strength)
+    want = select(scores, before.top_k, before.dynamic)
+    new = replace(routed, router=w, router_bias=b)
+    new = calibrated(new, lesson.x[fit], float(want[fit].sum(1).float().mean()))
+    x, goal = lesson.x[held], want[held]
+    if agreement(new.chosen(x), goal) > agreement(routed.chosen(x), goal):
+        return new, True
+    return routed, False
+
+
+def _margin(routed: RoutedFFN, x: Tensor, flipped: Tensor) -> float:
+    scores = routed.logits(x)
+    if not flipped.any():
+        return 0.0
+    bar = scores.topk(routed.top_k, 1).values[:, -1:]
+    away = (
+        torch.minimum(scores.abs(), (scores - bar).abs())
+        if routed.dynamic
+        else (scores - bar).abs()
+    )
+    return float(away[flipped].median() / scores.std().clamp_min(1e-12))
+
+
+def _expert(r: RoutedFFN, e: int, x: Tensor, *, rounding: bool) -> Tensor:
+    """An expert's result ``[T, d]`` with activations rounded or not."""
+    see = rounded if rounding else _as_is
+    gate = None if r.expert_gate is None else r.expert_gate[e].float()
+    gate_bias = None if r.expert_gate_bias is None else r.expert_gate_bias[e]
+    up_bias = None if r.expert_up_bias is None else r.expert_up_bias[e]
+    h = hidden(see(x), gate, gate_bias, r.expert_up[e].float(), up_bias, r.activation)
+    return see(h) @ r.expert_down[e].float().T
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _decibel(y: Tensor, want: Tensor) -> float:
+    ratio = want.square().sum() / (y - want).square().sum().clamp_min(1e-30)
+    return float(10 * ratio.clamp_min(1e-12).log10())
+
+
+def _record(
+    before: RoutedFFN,
+    after: RoutedFFN,
+    x: Tensor,
+    chosen: Tensor,
+    how: Rounding,
+    bits: Sequence[int],
+) -> ExpertRecord:
+    """Signal to noise of each expert: both roundings, weights alone, activations alone."""
+    record = ExpertRecord()
+    pseudo = how.prior * x.shape[1]
+    for e in range(after.num_experts):
+        rows = chosen[:, e].nonzero().squeeze(1)
+        seen = x[rows[:512]] if len(rows) else x[:64]
+        want = _expert(before, e, seen, rounding=False)
+        record.sqnr.append(_decibel(_expert(after, e, seen, rounding=True), want))
+        record.sqnr_weights.append(_decibel(_expert(after, e, seen, rounding=False), want))
+        record.sqnr_activations.append(_decibel(_expert(before, e, seen, rounding=True), want))
+        record.tokens.append(len(rows))
+        own = len(rows) + pseudo
+        record.prior.append(1.0 if own in (0.0, float("inf")) else pseudo / own)
+        record.bits.append(bits[e])
+    return record
+
+
+def effective_bits(program: Program) -> float:
+    """Bits a weight, scales counted, over all quantized weights."""
+    size = weights = 0
+    for grid in grids_of(program):
+        size += grid.bytes
+        weights += grid.scale.numel() * grid.block
+    return 8 * size / max(1, weights)
