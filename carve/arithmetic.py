@@ -112,9 +112,8 @@ class Precision:
         self._known: dict[int, tuple[Grid, Kernel]] = {}
         # What is known by its address has to stay there.
         self._kept: list[Tensor] = []
-        for linear in program.linears:
-            if linear.grid is not None:
-                self._know(linear.weight, linear.grid, "int8")
+        for weight, grid in _stored(program):
+            self._know(weight, grid, "int8")
         for site in program.carved:
             if site.routed is not None:
                 self._know_routed(site.routed)
@@ -138,11 +137,16 @@ class Precision:
                     w, grid, expert_kernel(grid.bits, rows, is_fused=in_one, block=grid.block)
                 )
 
+    def known(self, weight: Tensor) -> Grid | None:
+        """The grid that a pass put a weight on, if any did."""
+        found = self._known.get(weight.data_ptr())
+        return None if found is None else found[0]
+
     def of(self, weight: Tensor) -> Grid | None:
         """The grid of a weight ``[N, K]``, None where it stays fp32."""
-        found = self._known.get(weight.data_ptr())
-        if found is not None:
-            return found[0]
+        known = self.known(weight)
+        if known is not None:
+            return known
         if self.bits >= 16 or weight.shape[-1] % self.block:
             return None
         return Grid.nearest(weight, self.bits, self.block)
@@ -171,11 +175,20 @@ def as_emitted(program: Program) -> Iterator[None]:
         yield
 
 
-def grids_of(program: Program) -> Iterator[Grid]:
-    """Every grid of a program."""
+def _stored(program: Program) -> Iterator[tuple[Tensor, Grid]]:
+    """Weights on grids that stand in the graph itself."""
     for linear in program.linears:
         if linear.grid is not None:
-            yield linear.grid
+            yield linear.weight, linear.grid
+    for lookup in program.lookups:
+        if lookup.grid is not None:
+            yield lookup.weight, lookup.grid
+
+
+def grids_of(program: Program) -> Iterator[Grid]:
+    """Every grid of a program."""
+    for _, grid in _stored(program):
+        yield grid
     for site in program.carved:
         if site.routed is not None:
             for grids in site.routed.grids.values():

@@ -49,7 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         help="share of tokens that pass round a gated block, or auto to let the allocation choose "
         "(default: 0, no gates)",
     )
-    c.add_argument("--bits", type=int, help="16 (unquantized), 8 or 4 (default)")
+    c.add_argument(
+        "--bits",
+        type=_bits,
+        help="16 (unquantized), 8 or 4 (default); auto or an average such as 3 for mixed widths",
+    )
+    c.add_argument("--size", help="most bytes of the model's files, for example 40MB")
+    c.add_argument("--reads", help="most bytes of weights that a token reads, for example 20MB")
     c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")
     c.add_argument("--calibration", help="a text file instead of the bundled text")
     c.add_argument("--recipe", type=Path, help="settings from a TOML file")
@@ -103,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
 def _skip(text: str) -> float | str:
     """A share, or ``auto``; its range is checked with all other settings."""
     return text if text == "auto" else float(text)
+
+
+def _bits(text: str) -> int | float | str:
+    """A width, an average, or ``auto``; its range is checked with all other settings."""
+    return text if text == "auto" else int(text) if text.isdigit() else float(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,6 +199,8 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         "effort": args.effort,
         "skip": args.skip,
         "bits": args.bits,
+        "size": args.size,
+        "reads": args.reads,
         "targets": args.target.split(",") if args.target else None,
         "calibration": args.calibration,
         "seed": args.seed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ PASS_NAMES = (
     "distill",
     "gate",
     "finetune",
+    "choose_widths",
     "quantize",
 )
 EFFORTS = ("none", "layer", "full")
@@ -41,7 +43,11 @@ class ConvertConfig:
         budget: at most this share of the dense blocks' multiply-accumulates, in (0, 1]; 1 keeps
             the model dense.
         ffn_active: pin the active share of the FFNs instead.
-        bits: 16 (unquantized), 8 or 4.
+        bits: 16 (unquantized), 8 or 4 for every weight; ``auto``, or an average from 2 to 8 such as
+            3, for widths of 2, 4 and 8 bits where they matter least.
+        size: most bytes of the model's files, for example ``40MB``; widths are chosen to fit.
+        reads: most bytes of weights that a token reads on average, which is what decoding takes its
+            time for; widths are chosen to fit.
         targets: what to emit.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
@@ -65,7 +71,9 @@ class ConvertConfig:
 
     budget: float | None = None
     ffn_active: float | None = None
-    bits: int = 4
+    bits: int | float | str = 4
+    size: str | None = None
+    reads: str | None = None
     targets: tuple[str, ...] = TARGETS
     effort: str = "layer"
     skip: float | str = 0.0
@@ -86,6 +94,18 @@ class ConvertConfig:
         _check(self)
 
     @property
+    def mixed(self) -> bool:
+        """Whether widths are chosen weight by weight."""
+        return self.bits not in (4, 8, 16, 32) or self.size is not None or self.reads is not None
+
+    @property
+    def nominal_bits(self) -> int:
+        """The width of weights that nothing else is said of."""
+        if not self.mixed or self.bits in (4, 8):
+            return int(self.bits)
+        return 4
+
+    @property
     def is_dense(self) -> bool:
         """Whether nothing is carved."""
         return (self.ffn_active if self.ffn_active is not None else self.budget) == 1.0
@@ -100,8 +120,7 @@ def _check(c: ConvertConfig) -> None:
         raise UserError("budget", "no budget is given", "try --budget 0.6")
     if not isinstance(asked, int | float) or not 0.0 < asked <= 1.0:
         raise UserError("budget", f"{name} {asked} is outside (0, 1]", "try --budget 0.6")
-    if c.bits not in (4, 8, 16, 32):
-        raise UserError("bits", f"--bits {c.bits} is not one of 16, 8, 4", "try --bits 4")
+    _check_bits(c)
     for t in c.targets:
         if t not in TARGETS:
             raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")
@@ -135,6 +154,39 @@ def _check(c: ConvertConfig) -> None:
     for p in c.passes:
         if p not in PASS_NAMES:
             raise UserError("config", f"unknown pass {p!r}{nearest(p, PASS_NAMES)}")
+
+
+def _check_bits(c: ConvertConfig) -> None:
+    number = isinstance(c.bits, int | float) and not isinstance(c.bits, bool)
+    if c.bits != "auto" and not (number and (c.bits in (16, 32) or 2 <= float(c.bits) <= 8)):
+        raise UserError(
+            "bits",
+            f"--bits {c.bits} is not 16, 8, 4, 'auto' or an average from 2 to 8",
+            "try --bits 4",
+        )
+    for name, size in (("size", c.size), ("reads", c.reads)):
+        if size is not None:
+            parse_size(size, f"--{name}")
+            if number and c.bits >= 16:  # type: ignore[operator]
+                raise UserError(
+                    "bits", f"--{name} needs fewer than {c.bits} bits", "leave --bits out"
+                )
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes of ``40MB``, ``1.5 GB``, ``300KiB`` or a plain number.
+
+    Raises:
+        UserError: another form, or not positive.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    value = 0.0
+    if found:
+        base = 1024 if found[3] else 1000
+        value = float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")
+    if value < 1:
+        raise UserError("config", f"{name} {text!r} is no size in bytes", "for example 40MB")
+    return int(value)
 
 
 def nearest(word: str, words: tuple[str, ...] | list[str]) -> str:

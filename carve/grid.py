@@ -13,6 +13,15 @@ WIDTHS = (2, 4, 8)
 """Bits a weight that onnxruntime's block-wise kernels know."""
 
 
+TABLE_BITS = 8
+"""Width of embedding tables: one row is read a token, and its error reaches every layer."""
+
+
+def large_table(weight: Tensor) -> bool:
+    """Whether an embedding's table ``[V, d]`` is worth a grid; positions and types are few."""
+    return weight.shape[0] >= 1024 and weight.shape[1] % BLOCK == 0
+
+
 @dataclass(frozen=True)
 class Grid:
     """The values that the weights of a matrix may have: ``w = (q - 2^(bits-1)) * s``.

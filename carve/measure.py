@@ -99,7 +99,10 @@ def dense_artifact(artifact: Artifact, override: str | None, progress: Progress)
     root.mkdir(parents=True, exist_ok=True)
     path = root / f"dense-{key}-{bits}-{__version__}"
     if not (path / "manifest.json").is_file():
-        convert(source, path, ConvertConfig(budget=1.0, bits=bits), progress=progress)
+        # How fast a weight is read does not depend on its value, so nothing is fitted.
+        plain = {"quantize": {"method": "rtn"}}
+        config = ConvertConfig(budget=1.0, bits=bits, tokens=1, passes=plain)
+        convert(source, path, config, progress=progress)
     return path
 
 

@@ -48,7 +48,8 @@ class Context:
     by site name) against the dense one, end to end (KL, or 1 - cosine), on calibration text that is
     not in ``batches``; ``stream`` are all batches, where an end-to-end pass may see more than
     layer-wise work does; ``state`` is a folder for what a long pass needs to go on after a crash;
-    ``widths`` are the bits of weights by unit, and ``bits`` those of units that are not in it.
+    ``widths`` are the bits of weights by unit, ``bits`` those of units that are not in it, and
+    ``limits`` what mixed widths have to keep, by resource (`carve.passes.ChooseWidths`).
     """
 
     batches: Sequence[Batch]
@@ -63,6 +64,7 @@ class Context:
     skips: dict[str, float] = field(default_factory=dict)
     bits: int = 16
     widths: dict[str, Widths] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
 
     def split(self, site: FFNSite) -> Split:
         """The widths of a site that is carved.

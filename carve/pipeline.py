@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from carve import artifact as art
 from carve.artifact import Artifact
-from carve.config import ConvertConfig, build, to_toml
+from carve.config import ConvertConfig, build, parse_size, to_toml
 from carve.errors import UserError
 from carve.version import __version__
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from carve.program import Program
 
 log = logging.getLogger(__name__)
+_WEIGHTS_ONLY = ("choose_widths", "quantize")
 LAYER_TOKENS = 98_304
 """Most calibration tokens that layer-wise work sees."""
 
@@ -58,7 +59,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.SkipGates, p.GateConfig))
     if config.effort == "full" and not config.exact:
         listed.append(make(p.Finetune, p.FinetuneConfig))
-    if config.bits < 16:
+    if config.mixed:
+        listed.append(make(p.ChooseWidths, p.ChooseWidthsConfig))
+    if config.nominal_bits < 16:
         listed.append(make(p.Quantize, p.QuantizeConfig))
     return listed
 
@@ -145,7 +148,7 @@ def _convert_checkpoint(
     from carve.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
-    art.check_disk(out, checkpoint.num_parameters * config.bits // 8 + (64 << 20))
+    art.check_disk(out, checkpoint.num_parameters * config.nominal_bits // 8 + (64 << 20))
     program = capture_checkpoint(checkpoint)
     if program.inputs[0] != "input_ids":
         raise UserError(
@@ -191,7 +194,7 @@ class _Conversion:
 
         self.program, self.out, self.config = program, out, config
         # Without carving, only the weights are rounded.
-        self.passes = [p for p in passes if p.name == "quantize" or not config.is_dense]
+        self.passes = [p for p in passes if p.name in _WEIGHTS_ONLY or not config.is_dense]
         self.progress = progress or silent
         self.source = source
         # Where a long pass keeps what it needs to go on; gone once the artifact is in place.
@@ -263,7 +266,8 @@ class _Conversion:
             stream,
             self.state,
             skips,
-            c.bits,
+            c.nominal_bits,
+            limits=_limits(c),
         )
 
     def _emit(self, stage: Path, held: Sequence[Batch]) -> tuple[Any, dict[str, Any]]:
@@ -274,9 +278,9 @@ class _Conversion:
 
         began = time.monotonic()
         (stage / "onnx").mkdir()
-        emitted = emit(self.program, stage / "onnx" / "model.onnx", self.config.bits)
+        emitted = emit(self.program, stage / "onnx" / "model.onnx", self.config.nominal_bits)
         prompts = [_head(self.program, b) for b in (held[0], held[len(held) // 2])]
-        parity = check_parity(self.program, emitted.path, prompts, self.config.bits)
+        parity = check_parity(self.program, emitted.path, prompts, self.config.nominal_bits)
         nodes = check_nodes(
             emitted.path,
             feeds_of(self.program, prompts[0], [*self.program.inputs, "attention_mask"]),
@@ -340,10 +344,28 @@ class _Conversion:
             "kind": self.program.kind,
             "source": self.source,
             "model": facts,
-            "targets": {"onnx-cpu": {"model": "onnx/model.onnx", "bits": self.config.bits}},
+            "targets": {"onnx-cpu": {"model": "onnx/model.onnx", "bits": self.config.nominal_bits}},
             "files": art.hashes(stage),
         }
         art.write_json(stage / art.MANIFEST, manifest)
+
+
+def _limits(config: ConvertConfig) -> dict[str, float]:
+    """What mixed widths have to keep, see `carve.passes.ChooseWidths`."""
+    from carve.passes.choose_widths import BITS, BYTES, READS
+
+    if not config.mixed:
+        return {}
+    limits = {
+        name: float(parse_size(text, name))
+        for name, text in ((BYTES, config.size), (READS, config.reads))
+        if text is not None
+    }
+    # Without any limit, auto is as large as 4 bits throughout.
+    average = 4.0 if config.bits == "auto" and not limits else config.bits
+    if isinstance(average, int | float) and not (limits and config.bits == 4):
+        limits[BITS] = float(average)
+    return limits
 
 
 def _head(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tuple[Tensor, ...]:

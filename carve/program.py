@@ -18,8 +18,9 @@ from carve.executor import Executor, Pauses
 from carve.ffn import RoutedFFN
 from carve.grid import Grid
 from carve.match import LINEAR, get_tensor
-from carve.sites import FFN, AtSite, AttentionSite, Block, FFNSite, Gate, Linear
+from carve.sites import FFN, AtSite, AttentionSite, Block, FFNSite, Gate, Linear, Lookup
 
+EMBEDDING = torch.ops.aten.embedding.default
 Kind = Literal["decoder", "encoder", "module"]
 
 
@@ -69,13 +70,27 @@ class Program:
         found = []
         for n in self.module.graph.find_nodes(op="call_function", target=LINEAR):
             weight = get_tensor(self.module, n.args[1])
-            if weight is None:
-                continue
-            bias = get_tensor(self.module, n.args[2]) if len(n.args) > 2 else None
-            stack = list(n.meta.get("nn_module_stack", {}).values())
-            name = str(stack[-1][0]) if stack else str(n.args[1].target)
-            found.append(Linear(name, n, weight, bias, self.grids.get(str(n.args[1].target))))
+            if weight is not None:
+                bias = get_tensor(self.module, n.args[2]) if len(n.args) > 2 else None
+                grid = self.grids.get(str(n.args[1].target))
+                found.append(Linear(self._path(n, n.args[1]), n, weight, bias, grid))
         return found
+
+    @property
+    def lookups(self) -> list[Lookup]:
+        """The embeddings with a stored table, in the order of the graph."""
+        found = []
+        for n in self.module.graph.find_nodes(op="call_function", target=EMBEDDING):
+            weight = get_tensor(self.module, n.args[0])
+            if weight is not None:
+                grid = self.grids.get(str(n.args[0].target))
+                found.append(Lookup(self._path(n, n.args[0]), n, weight, grid))
+        return found
+
+    def _path(self, node: fx.Node, weight: fx.Node) -> str:
+        """Module path of a node, or the name of its weight."""
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        return (str(stack[-1][0]) if stack else str(weight.target)).removeprefix("model.")
 
     @property
     def max_length(self) -> int:
@@ -248,25 +263,33 @@ class Program:
         Returns:
             The linear as it is now.
         """
-        node, graph = linear.output, self.module.graph
-        # Once more under another name: the former weight stays until its node is gone.
-        path = f"{linear.name}.quantized"
-        if f"{path}.weight" in self.grids:
+        given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        node = linear.output
+        node.args = (node.args[0], *self._own(node, linear.name, given, grid))
+        self.clean()
+        return Linear(linear.name, node, weight, bias, grid)
+
+    def set_lookup(self, lookup: Lookup, weight: Tensor, grid: Grid) -> None:
+        """Give an embedding another table, on ``grid``; what else read it keeps its own."""
+        node = lookup.output
+        node.args = (*self._own(node, lookup.name, {"weight": weight}, grid), *node.args[1:])
+        self.clean()
+
+    def _own(
+        self, node: fx.Node, name: str, tensors: Mapping[str, Tensor], grid: Grid
+    ) -> list[fx.Node]:
+        """Parameters that only ``node`` reads, ``weight`` on ``grid``, as nodes before it."""
+        path = f"model.{name}.quantized"
+        if f"{path}.weight" in self.grids:  # the former one stays until its node is gone
             del self.grids[f"{path}.weight"]
             path += "_again"
         holder = torch.nn.Module()
-        holder.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
-        if bias is not None:
-            holder.register_parameter("bias", torch.nn.Parameter(bias, requires_grad=False))
+        for key, tensor in tensors.items():
+            holder.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=False))
         self.module.add_submodule(path, holder)
-        with graph.inserting_before(node):
-            args = [graph.get_attr(f"{path}.weight")]
-            if bias is not None:
-                args.append(graph.get_attr(f"{path}.bias"))
-        node.args = (node.args[0], *args)
         self.grids[f"{path}.weight"] = grid
-        self.clean()
-        return Linear(linear.name, node, weight, bias, grid)
+        with self.module.graph.inserting_before(node):
+            return [self.module.graph.get_attr(f"{path}.{key}") for key in tensors]
 
     def clean(self) -> None:
         """Drop dead nodes and the weights that no node uses any more."""

@@ -185,6 +185,16 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """An embedding: rows of a table ``[V, d]``. ``grid`` is what the table was rounded to."""
+
+    name: str
+    output: fx.Node
+    weight: Tensor
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
 class AtSite:
     """A program that waits at a site or a linear.
 

@@ -2,6 +2,7 @@
 
 from carve.passes.allocate import Allocate, AllocateConfig
 from carve.passes.carve import Carve, CarveConfig
+from carve.passes.choose_widths import ChooseWidths, ChooseWidthsConfig
 from carve.passes.compensate import Compensate, CompensateConfig
 from carve.passes.distill import Distill, DistillConfig
 from carve.passes.finetune import Finetune, FinetuneConfig
@@ -18,6 +19,8 @@ __all__ = [
     "AllocateConfig",
     "Carve",
     "CarveConfig",
+    "ChooseWidths",
+    "ChooseWidthsConfig",
     "Compensate",
     "CompensateConfig",
     "Distill",

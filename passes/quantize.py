@@ -13,12 +13,12 @@ from carve.calibration import limit_batches
 from carve.dialect import hidden, linear_rule, select
 from carve.errors import UserError
 from carve.ffn import RoutedFFN
-from carve.grid import BLOCK
+from carve.grid import BLOCK, TABLE_BITS, Grid, large_table
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
 from carve.quantize_units import Rounding, folds, round_ffn, round_linear, sorted_neurons
 from carve.quantizer import GPTQ, RTN, Method
-from carve.sites import FFNSite, Linear
+from carve.sites import FFNSite, Linear, Lookup
 from carve.statistics import ridge
 from carve.tuning import calibrated
 from carve.twin import UnitLesson, twin_walk
@@ -97,7 +97,7 @@ class Quantize(Pass[QuantizeConfig]):
     block-wise int8 activations and signed scales. How one unit is rounded: `carve.quantize_units`
     and `carve.quantizer`. Routers stay fp32 and are realigned by ridge regression to the scores
     they had (EAQuant, arXiv 2506.13329, for the idea), accepted only if the set of experts is the
-    former one on more held-out tokens.
+    former one on more held-out tokens. Tables of embeddings are rounded to the nearest of 8 bits.
 
     Weights whose rows are no whole blocks stay as they are.
     """
@@ -131,6 +131,8 @@ class Quantize(Pass[QuantizeConfig]):
             lambda units: context.progress(units, self.name),
         )
         with torch.no_grad():
+            for lookup in program.lookups:
+                self._lookup(program, lookup, metrics)
             try:
                 lesson = next(walk)
                 while True:
@@ -146,6 +148,14 @@ class Quantize(Pass[QuantizeConfig]):
                 pass
         metrics.effective_bits.append(effective_bits(program))
         return metrics
+
+    def _lookup(self, program: Program, lookup: Lookup, metrics: QuantizeMetrics) -> None:
+        if not large_table(lookup.weight):
+            return
+        grid = Grid.nearest(lookup.weight, TABLE_BITS)
+        # fp32, for look-ups give the stored values as they are.
+        program.set_lookup(lookup, grid.round(lookup.weight), grid)
+        metrics.bits[lookup.name] = TABLE_BITS
 
     def _linear(
         self,

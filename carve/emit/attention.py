@@ -243,9 +243,9 @@ def _gated_inputs(
     return _Inputs(rows.spread(node, query, len(weight)), key, value, rotation)
 
 
-def linear_name(linear: ir.Node) -> str:
-    """Module path of a linear placeholder, from its weight's name."""
-    name = str(given(linear.inputs[1]).name)
+def linear_name(node: ir.Node, weight: int = 1) -> str:
+    """Module path of a linear placeholder, from the name of its input ``weight``."""
+    name = str(given(node.inputs[weight]).name)
     plain = name.removesuffix("/weight").removesuffix("/quantized").removeprefix("model/")
     return plain.replace("/", ".")
 

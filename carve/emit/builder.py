@@ -98,19 +98,24 @@ class Builder:
         )
 
     def quantized(
-        self, name: str, parts: Sequence[tuple[Tensor, Grid]]
+        self, name: str, parts: Sequence[tuple[Tensor, Grid]], *, blocked: bool = True
     ) -> tuple[ir.Value, ir.Value]:
-        """Levels and scales of weights ``[N, K]`` on grids of one width, rows after one another."""
+        """Levels and scales of weights ``[N, K]`` on grids of one width, rows after one another.
+
+        Levels as ``[N, K / block, bytes]`` where ``blocked``, else ``[N, bytes]``.
+        """
         rows, k = sum(len(w) for w, _ in parts), parts[0][0].shape[-1]
         grid = parts[0][1]
         blocks, width = k // grid.block, grid.block * grid.bits // 8
 
         def levels() -> np.ndarray:
             packed = [pack.pack(g.levels(w), grid.bits) for w, g in parts]
-            return np.concatenate(packed).reshape(rows, blocks, width)
+            return np.concatenate(packed).reshape(rows, *last)
+
+        last = (blocks, width) if blocked else (blocks * width,)
 
         return (
-            self.tensor(f"{name}.q{grid.bits}", levels, (rows, blocks, width), ir.DataType.UINT8),
+            self.tensor(f"{name}.q{grid.bits}", levels, (rows, *last), ir.DataType.UINT8),
             self.tensor(
                 f"{name}.scales",
                 lambda: torch.cat([g.scale for _, g in parts]).numpy(),

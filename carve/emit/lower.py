@@ -257,6 +257,26 @@ def _lower_routed(
     replace(node, [b.op(node, "Reshape", [y, b.op(node, "Shape", [x])])])
 
 
+def _lower_lookup(b: Builder, node: ir.Node, weights: Mapping[str, Tensor]) -> None:
+    """An embedding whose table is on a grid, row by row as it is read."""
+    table = weights.get(str(given(node.inputs[0]).name))
+    grid = None if table is None else b.precision.known(table)
+    if table is None or grid is None:
+        return
+    levels, scales = b.quantized(linear_name(node, 0), [(table, grid)], blocked=False)
+    row = b.op(
+        node,
+        "GatherBlockQuantized",
+        [levels, node.inputs[1], scales],
+        domain=CONTRIB,
+        bits=grid.bits,
+        block_size=grid.block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    replace(node, [row])
+
+
 def _fuse_norms(b: Builder) -> None:
     """``RMSNormalization`` of a sum, with the sum used again, as one node."""
     for node in [n for n in b.graph if n.op_type == "RMSNormalization" and n.domain == ""]:
@@ -328,6 +348,8 @@ def lower(
         weight, bias = linear_weights(node, weights)
         x = given(node.inputs[0])
         replace(node, [b.linear(node, x, linear_name(node), weight, bias)])
+    for node in [n for n in graph if n.op_type == "Gather" and n.domain == ""]:
+        _lower_lookup(b, node, weights)
     gates.close(operators)
     _fuse_norms(b)
     onnx_passes.CommonSubexpressionEliminationPass()(model)
