@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from carve import artifact as art
 from carve.artifact import Artifact
 from carve.config import ConvertConfig, build, parse_size, to_toml
-from carve.errors import UserError
+from carve.errors import CarveError, UserError
 from carve.version import __version__
 
 if TYPE_CHECKING:
@@ -311,7 +311,9 @@ class _Conversion:
             "skip": {"asked": self.config.skip, "realised": shares["skip"], "blocks": skips},
             "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
             "quality": quality,
-            "bits": self.config.bits,
+            "bits": self.config.bits if not self.config.mixed else _asked_bits(self.config),
+            "size": self.config.size,
+            "reads": self.config.reads,
             "effort": self.config.effort,
             "seconds": round(time.monotonic() - self.began, 1),
             "peak_rss_mb": round(peak_rss_mb(), 1),
@@ -337,6 +339,12 @@ class _Conversion:
             art.write_json(stage / "genai_config.json", genai_config(self.program, facts))
         size = sum(p.stat().st_size for p in (stage / "onnx").iterdir())
         report["bytes"] = size
+        if self.config.size is not None and size > parse_size(self.config.size, "--size"):
+            raise CarveError(
+                "size",
+                f"the files came to {size} bytes, more than --size {self.config.size}",
+                "this is a defect of carve's estimate; ask for a little less and report it",
+            )
         art.write_json(stage / "report.json", report)
         manifest = {
             "schema": art.SCHEMA,
@@ -348,6 +356,13 @@ class _Conversion:
             "files": art.hashes(stage),
         }
         art.write_json(stage / art.MANIFEST, manifest)
+
+
+def _asked_bits(config: ConvertConfig) -> float | str:
+    """An average, or ``auto`` where only sizes decide."""
+    if isinstance(config.bits, str) or (config.bits == 4 and (config.size or config.reads)):
+        return "auto"
+    return float(config.bits)
 
 
 def _limits(config: ConvertConfig) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -46,7 +47,7 @@ def render(report: dict[str, Any]) -> str:
         head.append(["perplexity, held-out text", f"{old:.2f}", f"{new:.2f}", f"{new / old:.3f}"])
     lines = [
         f"budget asked {asked}, realised {budget['realised']:.3f}; "
-        f"FFN active {report['ffn_active']:.3f}; {report['bits']} bits; "
+        f"FFN active {report['ffn_active']:.3f}; {_bits(report)} bits; "
         f"{report.get('bytes', 0) / 1e6:.1f} MB; {report['seconds']:.0f} s; "
         f"peak {report['peak_rss_mb'] / 1e3:.2f} GB",
         "",
@@ -84,7 +85,91 @@ def render(report: dict[str, Any]) -> str:
     lines.append(table(rows))
     lines += _allocation(report)
     lines += _gates(report)
+    lines += _widths(report)
     return "\n".join(lines)
+
+
+def _widths(report: dict[str, Any]) -> list[str]:
+    """What quantizing cost beside carving, where the bits went, and how the experts fared."""
+    by_name = {p["name"]: p for p in report["passes"]}
+    quantized = by_name.get("quantize")
+    if not quantized:
+        return []
+    found = quantized["metrics"]
+    lines = ["", _split_loss(report["passes"])]
+    chosen = by_name.get("choose_widths", {}).get("metrics")
+    if chosen:
+        lines.append(
+            f"widths chosen: {chosen['average']:.2f} bits on average, predicted loss "
+            f"{chosen['predicted']:.4f} before fitting (bound {chosen['bound']:.4f})"
+        )
+    rows = [
+        ["routed FFN", "shared", "experts by bits", "same experts", "clean", "overlap", "margin",
+         "SQNR p5", "median", "of weights", "of activations", "tokens p5", "prior p50"]
+    ]  # fmt: skip
+    for site, e in found["experts"].items():
+        counts = {b: e["bits"].count(b) for b in sorted(set(e["bits"]))}
+        rows.append(
+            [
+                site,
+                str(found["bits"].get(site, "-")),
+                ", ".join(f"{n} x {b}" for b, n in counts.items()),
+                f"{found['agreement'][site]:.3f}",
+                f"{found['agreement_clean'][site]:.3f}",
+                f"{found['jaccard'][site]:.3f}",
+                f"{found['margin'][site]:.3f}",
+                f"{_percentile(e['sqnr'], 0.05):.1f}",
+                f"{_percentile(e['sqnr'], 0.5):.1f}",
+                f"{_percentile(e['sqnr_weights'], 0.5):.1f}",
+                f"{_percentile(e['sqnr_activations'], 0.5):.1f}",
+                f"{_percentile(e['tokens'], 0.05):.0f}",
+                f"{_percentile(e['prior'], 0.5):.2f}",
+            ]
+        )
+    if len(rows) > 1:
+        lines += ["", table(rows)]
+    linears = {k: b for k, b in found["bits"].items() if k not in found["experts"]}
+    counts = {b: sorted(linears.values()).count(b) for b in sorted(set(linears.values()))}
+    lines.append(
+        f"{found['effective_bits'][0]:.2f} bits a weight with scales; other weights: "
+        + ", ".join(f"{n} at {b} bits" for b, n in counts.items())
+    )
+    return lines
+
+
+def _split_loss(passes: list[dict[str, Any]]) -> str:
+    """The loss of carving and that of quantizing, from the figures before and after."""
+    at = next(i for i, p in enumerate(passes) if p["name"] == "quantize")
+    after = passes[at]["quality"] or {}
+    before = next((p["quality"] for p in reversed(passes[:at]) if p["quality"]), None)
+    if "perplexity" in after:
+        dense = math.log(after["dense_perplexity"])
+        carved = dense if before is None else math.log(before["perplexity"])
+        total = math.log(after["perplexity"])
+        kl = 0.0 if before is None else before["kl"]
+        return (
+            f"log-perplexity {total - dense:+.4f}: {carved - dense:+.4f} by carving, "
+            f"{total - carved:+.4f} by quantizing; KL {after['kl']:.4f}, {kl:.4f} before quantizing"
+        )
+    if "cosine_mean" in after:
+        carved = 1.0 if before is None else before["cosine_mean"]
+        return (
+            f"1 - cosine {1 - after['cosine_mean']:.4f}: {1 - carved:.4f} by carving, "
+            f"{carved - after['cosine_mean']:+.4f} by quantizing"
+        )
+    return "quality was not measured"
+
+
+def _percentile(values: list[float], share: float) -> float:
+    """The value below which ``share`` of them lie (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def _bits(report: dict[str, Any]) -> str:
+    """The asked width; where widths are mixed, what they come to."""
+    asked = report["bits"]
+    return str(asked) if isinstance(asked, int) else f"{asked} (mixed)"
 
 
 def _gates(report: dict[str, Any]) -> list[str]:
@@ -130,7 +215,7 @@ def _allocation(report: dict[str, Any]) -> list[str]:
     losses = [
         (p["name"], p["quality"].get("kl", 1.0 - p["quality"].get("cosine_mean", 1.0)))
         for p in report["passes"]
-        if p["quality"] and p["name"] not in ("profile", "allocate", "carve")
+        if p["quality"] and p["name"] not in ("profile", "allocate", "carve", "choose_widths")
     ]
     realised = ", ".join(f"{value:.4f} after {name}" for name, value in losses)
     return [

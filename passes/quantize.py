@@ -205,9 +205,9 @@ class Quantize(Pass[QuantizeConfig]):
         got = new.chosen(x)
         metrics.agreement[site.name] = agreement(got, want)
         metrics.agreement_clean[site.name] = agreement(new.chosen(former), want)
-        metrics.jaccard[site.name] = float(
-            ((got & want).sum(1) / (got | want).sum(1).clamp_min(1)).mean()
-        )
+        either = (got | want).sum(1)
+        shared = torch.where(either > 0, (got & want).sum(1) / either.clamp_min(1), 1.0)
+        metrics.jaccard[site.name] = float(shared.mean())
         metrics.margin[site.name] = _margin(before, former, got ^ want)
         metrics.experts[site.name] = _record(
             routed, new, lesson.x, new.chosen(lesson.x), how, widths.experts

@@ -197,8 +197,8 @@ def clone(program: Program) -> Program:
 
     sites = [own(s) for s in program.sites]
     attention = [own(a, attention=nodes[a.attention]) for a in program.attention]
-    notes = dict(program.notes)
-    return replace(program, module=module, sites=sites, attention=attention, notes=notes)
+    own_notes = {"notes": dict(program.notes), "grids": dict(program.grids)}
+    return replace(program, module=module, sites=sites, attention=attention, **own_notes)
 
 
 def random_routed(

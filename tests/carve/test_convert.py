@@ -112,12 +112,15 @@ def test_answer(done: Done) -> None:
     assert 0 < a["ffn_active"] < a["budget"]["realised"]
     assert a["seconds"] > 0
     assert a["peak_rss_mb"] > 50
-    names = ["profile", "allocate", "carve", "route_ridge", "refit", "distill", "emit onnx-cpu"]
-    assert [p["name"] for p in a["passes"]] == names
+    first = ["profile", "allocate", "carve", "route_ridge", "refit", "distill"]
+    assert [p["name"] for p in a["passes"]] == [*first, "quantize", "emit onnx-cpu"]
     for p in a["passes"]:
         assert p["seconds"] >= 0
         assert p["metrics"]
     assert a["passes"][-1]["metrics"]["parity"]["routings"] > 1
+    emulation = a["passes"][-1]["metrics"]["emulation"]
+    assert emulation["nodes"] > 10
+    assert emulation["median"] < 1e-5
     assert a["quality"]["tokens"] >= 400
     assert a["quality"]["kl"] > 0
 
@@ -160,11 +163,37 @@ def test_effort_and_exactness_choose_the_passes(
         assert convert(checkpoint, out, "--budget", "0.7", *more) == 0
         return [p["name"] for p in result(capsys)["passes"]][4:-1]
 
-    assert names("--effort", "none") == ["refit"]
-    assert names("--set", "convert.exact=true") == ["compensate"]
+    assert names("--effort", "none") == ["refit", "quantize"]
+    assert names("--effort", "none", "--bits", "16") == ["refit"]
+    assert names("--set", "convert.exact=true") == ["compensate", "quantize"]
     full = ["--effort", "full", "--set", "finetune.tokens=4000", "--set", "distill.steps=10"]
-    assert names(*full) == ["refit", "distill", "finetune"]
+    assert names(*full) == ["refit", "distill", "finetune", "quantize"]
     assert [p.name for p in out.parent.iterdir()] == ["artifact"]
+
+
+def test_mixed_widths_keep_the_size_that_is_asked(
+    checkpoint: Path, out: Path, capsys: Captured
+) -> None:
+    def made(*more: str) -> dict[str, Any]:
+        assert convert(checkpoint, out, "--budget", "0.7", "--effort", "none", *more) == 0
+        return result(capsys)
+
+    plain = made("--bits", "8")
+    asked = plain["bytes"] - 30_000
+    small = made("--size", f"{asked}B")
+    assert small["bytes"] <= asked
+    assert small["bits"] == "auto"
+    (chosen,) = [p["metrics"] for p in small["passes"] if p["name"] == "choose_widths"]
+    assert 2 <= chosen["average"] < 8
+    three = made("--bits", "3")
+    (chosen,) = [p["metrics"] for p in three["passes"] if p["name"] == "choose_widths"]
+    assert chosen["average"] <= 3
+    assert three["bytes"] < small["bytes"]
+    assert cli.main(["report", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "by carving" in text
+    assert "widths chosen" in text
+    assert "least bytes" in refused(checkpoint, out, capsys, "--size", "20KB")
 
 
 def test_artifact_holds_what_is_promised(done: Done) -> None:
