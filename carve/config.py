@@ -29,6 +29,7 @@ PASS_NAMES = (
     "gate",
     "finetune",
     "choose_widths",
+    "smooth",
     "quantize",
 )
 EFFORTS = ("none", "layer", "full")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from carve.program import Program
 
 log = logging.getLogger(__name__)
-_WEIGHTS_ONLY = ("choose_widths", "quantize")
+_WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize")
 LAYER_TOKENS = 98_304
 """Most calibration tokens that layer-wise work sees."""
 
@@ -61,6 +61,10 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.Finetune, p.FinetuneConfig))
     if config.mixed:
         listed.append(make(p.ChooseWidths, p.ChooseWidthsConfig))
+    published = config.passes.get("quantize", {}).get("method") == "eaquant"
+    if config.nominal_bits < 16 and (published or "smooth" in config.passes):
+        as_published = {"alphas": (0.6,), "forced": True} if published else {}
+        listed.append(make(p.Smooth, p.SmoothConfig, **as_published))
     if config.nominal_bits < 16:
         listed.append(make(p.Quantize, p.QuantizeConfig))
     return listed

@@ -257,7 +257,9 @@ class Program:
                 for name, v in arguments.items()
             ]
 
-    def set_linear(self, linear: Linear, weight: Tensor, bias: Tensor | None, grid: Grid) -> Linear:
+    def set_linear(
+        self, linear: Linear, weight: Tensor, bias: Tensor | None, grid: Grid | None
+    ) -> Linear:
         """Give a linear another weight, on ``grid``, and bias; what else read them keeps its own.
 
         Returns:
@@ -265,29 +267,40 @@ class Program:
         """
         given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         node = linear.output
-        node.args = (node.args[0], *self._own(node, linear.name, given, grid))
+        node.args = (node.args[0], *self._own(node, f"{linear.name}.quantized", given, grid))
         self.clean()
         return Linear(linear.name, node, weight, bias, grid)
 
     def set_lookup(self, lookup: Lookup, weight: Tensor, grid: Grid) -> None:
         """Give an embedding another table, on ``grid``; what else read it keeps its own."""
         node = lookup.output
-        node.args = (*self._own(node, lookup.name, {"weight": weight}, grid), *node.args[1:])
+        node.args = (
+            *self._own(node, f"{lookup.name}.quantized", {"weight": weight}, grid),
+            *node.args[1:],
+        )
+        self.clean()
+
+    def set_argument(self, node: fx.Node, index: int, name: str, value: Tensor) -> None:
+        """Give a node another stored tensor as an argument; what else read it keeps its own."""
+        (new,) = self._own(node, name, {"weight": value}, None)
+        node.update_arg(index, new)
         self.clean()
 
     def _own(
-        self, node: fx.Node, name: str, tensors: Mapping[str, Tensor], grid: Grid
+        self, node: fx.Node, name: str, tensors: Mapping[str, Tensor], grid: Grid | None
     ) -> list[fx.Node]:
         """Parameters that only ``node`` reads, ``weight`` on ``grid``, as nodes before it."""
-        path = f"model.{name}.quantized"
-        if f"{path}.weight" in self.grids:  # the former one stays until its node is gone
-            del self.grids[f"{path}.weight"]
+        path = f"model.{name}"
+        used = {str(n.target) for n in self.module.graph.find_nodes(op="get_attr")}
+        if f"{path}.weight" in used:  # the former one stays until its node is gone
             path += "_again"
         holder = torch.nn.Module()
         for key, tensor in tensors.items():
             holder.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=False))
         self.module.add_submodule(path, holder)
-        self.grids[f"{path}.weight"] = grid
+        self.grids.pop(f"{path}.weight", None)
+        if grid is not None:
+            self.grids[f"{path}.weight"] = grid
         with self.module.graph.inserting_before(node):
             return [self.module.graph.get_attr(f"{path}.{key}") for key in tensors]
 

@@ -39,7 +39,9 @@ class Rounding:
     shrunk towards that of all tokens (0: its own tokens alone; infinity: all tokens alone);
     ``fall_back``: keep round-to-nearest where its error on held-out tokens is lower; ``sort``:
     order an expert's neurons by size, so that those that share a scale are alike; ``head_groups``:
-    weigh the tokens of each group of logits by its share in the divergence.
+    weigh the tokens of each group of logits by its share in the divergence; ``balance``: an expert
+    learns from at most so many times its even share of the tokens (EAQuant); ``block``: weights a
+    scale.
     """
 
     method: Method = field(default_factory=Method)
@@ -48,6 +50,8 @@ class Rounding:
     fall_back: bool = True
     sort: bool = True
     head_groups: bool = True
+    balance: float = float("inf")
+    block: int = BLOCK
 
 
 def folds(count: int) -> tuple[Tensor, Tensor]:
@@ -86,11 +90,11 @@ def round_matrices(
 
     Shapes as there; gives weights ``[B, N, K]`` on their grids, and scales.
     """
-    z, scale = solve(weight, gram, bits, how.method)
-    new = values(z, scale)
+    z, scale = solve(weight, gram, bits, how.method, how.block)
+    new = values(z, scale, how.block)
     if how.fall_back and how.method != RTN:
-        z, plain_scale = solve(weight, gram, bits, RTN)
-        plain = values(z, plain_scale)
+        z, plain_scale = solve(weight, gram, bits, RTN, how.block)
+        plain = values(z, plain_scale, how.block)
         worse = error_of(weight, new, held) > error_of(weight, plain, held)
         new = torch.where(worse[:, None, None], plain, new)
         scale = torch.where(worse[:, None, None], plain_scale, scale)
@@ -108,7 +112,7 @@ def round_linear(
     """
     unit = lesson.unit
     assert isinstance(unit, Linear)
-    x, target = rounded(lesson.x), lesson.target
+    x, target = rounded(lesson.x, how.block), lesson.target
     if unit.bias is not None:
         target = target - unit.bias.float()
     parts = folds(len(x))
@@ -124,7 +128,7 @@ def round_linear(
             lambda view: _size(view, target, lesson.weight, held),
         )
         start = fit.solution
-    wanted, widths = start.T.contiguous(), torch.full((start.shape[0] // BLOCK,), bits)
+    wanted, widths = start.T.contiguous(), _widths(bits, start.shape[0], how)
     new, scale = torch.empty_like(wanted), wanted.new_empty(len(wanted), len(widths))
     for rows, importance in _row_groups(lesson, how, is_head):
         gram, held = moments[0][0] + moments[1][0], moments[1][0]
@@ -137,7 +141,7 @@ def round_linear(
     if bias is not None and how.correct:
         w = lesson.weight / lesson.weight.sum()
         bias = bias.float() + w @ (target - x @ new.T)
-    return new.to(unit.weight.dtype), bias, Grid(bits, scale)
+    return new.to(unit.weight.dtype), bias, Grid(bits, scale, how.block)
 
 
 def _row_groups(
@@ -230,14 +234,14 @@ def round_ffn(
     hidden activations that the rounded in-projections give (`down_features`), so that the error of
     one expert's column is made up for by the columns of others that run beside it.
     """
-    x, former, weight = rounded(lesson.x), lesson.reference, lesson.weight
+    x, former, weight = rounded(lesson.x, how.block), lesson.reference, lesson.weight
     chosen = routed.chosen(lesson.x)
     routed = _round_in(routed, x, former, weight, chosen, shared_bits, expert_bits, how)
     return _round_down(routed, x, lesson.target, weight, chosen, shared_bits, expert_bits, how)
 
 
-def _widths(bits: int, columns: int) -> Tensor:
-    return torch.full((columns // BLOCK,), bits)
+def _widths(bits: int, columns: int, how: Rounding) -> Tensor:
+    return torch.full((columns // how.block,), bits)
 
 
 def _round_in(
@@ -269,12 +273,15 @@ def _round_in(
     def store(prefix: str, gate: Tensor | None, up: Tensor, new: Tensor, scale: Tensor) -> None:
         names = [f"{prefix}_up"] if gate is None else [f"{prefix}_gate", f"{prefix}_up"]
         for name, w, s in zip(names, new.chunk(len(names)), scale.chunk(len(names)), strict=True):
-            changes[name], grids[name] = w.to(up.dtype), Grid(shared_bits, s.contiguous())
+            changes[name], grids[name] = (
+                w.to(up.dtype),
+                Grid(shared_bits, s.contiguous(), how.block),
+            )
 
     if r.shared_up is not None:
         w = corrected(pair(r.shared_gate, r.shared_up), gram, cross)
         new, scale = round_matrices(
-            w[None], gram[None], every[1][0][None], _widths(shared_bits, w.shape[1]), how
+            w[None], gram[None], every[1][0][None], _widths(shared_bits, w.shape[1], how), how
         )
         store("shared", r.shared_gate, r.shared_up, new[0], scale[0])
     found: list[tuple[Tensor, Tensor]] = []
@@ -285,7 +292,11 @@ def _round_in(
         own, own_held = gram, every[1][0]
         own_cross = cross
         if pseudo != float("inf"):
-            moments = [_moments(x, former, weight, i[chosen[i, e]]) for i in parts]
+            rows = [
+                _at_most(i[chosen[i, e]], how.balance * float(chosen[i].sum()) / r.num_experts)
+                for i in parts
+            ]
+            moments = [_moments(x, former, weight, i) for i in rows]
             own, own_cross = (moments[0][j] + moments[1][j] for j in (0, 1))
             own_held = moments[1][0]
             count = float(weight[chosen[:, e]].sum())
@@ -295,7 +306,7 @@ def _round_in(
             own_held = own_held + share * every[1][0]
         w = corrected(w, own, own_cross)
         new, scale = round_matrices(
-            w[None], own[None], own_held[None], _widths(expert_bits[e], w.shape[1]), how
+            w[None], own[None], own_held[None], _widths(expert_bits[e], w.shape[1], how), how
         )
         found.append((new[0], scale[0]))
     names = ["expert_up"] if r.expert_gate is None else ["expert_gate", "expert_up"]
@@ -303,9 +314,14 @@ def _round_in(
         both = [(w.chunk(len(names))[i], s.chunk(len(names))[i]) for w, s in found]
         changes[name] = torch.stack([w for w, _ in both]).to(r.expert_up.dtype)
         grids[name] = tuple(
-            Grid(b, s.contiguous()) for b, (_, s) in zip(expert_bits, both, strict=True)
+            Grid(b, s.contiguous(), how.block) for b, (_, s) in zip(expert_bits, both, strict=True)
         )
     return replace(r, grids=grids, **changes)
+
+
+def _at_most(index: Tensor, count: float) -> Tensor:
+    """The first ``count`` of some tokens."""
+    return index if count >= len(index) else index[: int(count)]
 
 
 def _round_down(
@@ -325,7 +341,7 @@ def _round_down(
     grams, rights = [], []
 
     def features(rows: Tensor) -> Tensor:
-        h = rounded(merged.hidden(x[rows]).float())
+        h = rounded(merged.hidden(x[rows]).float(), how.block)
         return down_features(h, chosen[rows], r)
 
     for index in parts:
@@ -349,8 +365,8 @@ def _round_down(
     gram, right = grams[0] + grams[1], rights[0] + rights[1]
     bits = torch.cat(
         (
-            _widths(shared_bits, r.shared_size),
-            *(_widths(b, r.expert_size) for b in expert_bits),
+            _widths(shared_bits, r.shared_size, how),
+            *(_widths(b, r.expert_size, how) for b in expert_bits),
         )
     )
     new, scale = round_matrices(
@@ -362,10 +378,12 @@ def _round_down(
         left = right[n:] - gram[n:, :n] @ matrix[:n]
         matrix[n:] = pulled_towards(matrix[n:], gram[n:, n:], left, 1e-2)
     grids = dict(r.grids)
-    blocks = scale[0].split([r.shared_size // BLOCK, *[r.expert_size // BLOCK] * r.num_experts], 1)
+    blocks = scale[0].split(
+        [r.shared_size // how.block, *[r.expert_size // how.block] * r.num_experts], 1
+    )
     if r.shared_size:
-        grids["shared_down"] = Grid(shared_bits, blocks[0].contiguous())
+        grids["shared_down"] = Grid(shared_bits, blocks[0].contiguous(), how.block)
     grids["expert_down"] = tuple(
-        Grid(b, s.contiguous()) for b, s in zip(expert_bits, blocks[1:], strict=True)
+        Grid(b, s.contiguous(), how.block) for b, s in zip(expert_bits, blocks[1:], strict=True)
     )
     return replace(with_down_matrix(r, matrix), grids=grids)

@@ -215,7 +215,8 @@ def _allocation(report: dict[str, Any]) -> list[str]:
     losses = [
         (p["name"], p["quality"].get("kl", 1.0 - p["quality"].get("cosine_mean", 1.0)))
         for p in report["passes"]
-        if p["quality"] and p["name"] not in ("profile", "allocate", "carve", "choose_widths")
+        if p["quality"]
+        and p["name"] not in ("profile", "allocate", "carve", "choose_widths", "smooth")
     ]
     realised = ", ".join(f"{value:.4f} after {name}" for name, value in losses)
     return [

@@ -13,6 +13,7 @@ from carve.passes.quantize import Quantize, QuantizeConfig
 from carve.passes.refit import Refit, RefitConfig
 from carve.passes.route_analytical import RouteAnalytical, RouteAnalyticalConfig
 from carve.passes.route_ridge import RouteRidge, RouteRidgeConfig
+from carve.passes.smooth import Smooth, SmoothConfig
 
 __all__ = [
     "Allocate",
@@ -41,4 +42,6 @@ __all__ = [
     "RouteRidge",
     "RouteRidgeConfig",
     "SkipGates",
+    "Smooth",
+    "SmoothConfig",
 ]

@@ -173,7 +173,7 @@ class ChooseWidths(Pass[ChooseWidthsConfig]):
 def _rest(program: Program, chosen: int) -> float:
     """Bytes of everything else: tables as `Quantize` leaves them, fp32 tensors, and the graph.
 
-    The graph's part is a bound: 500 bytes a node, 1 KB of alignment a tensor, and the rotary
+    The graph's part is a bound: 250 bytes a node, 512 of alignment a tensor, and the rotary
     tables of the longest sequence.
     """
     tables = {w.weight.data_ptr(): w.weight for w in program.lookups if large_table(w.weight)}
@@ -183,7 +183,7 @@ def _rest(program: Program, chosen: int) -> float:
     small = sum(p.numel() for p in program.module.parameters()) - chosen - table + tied
     rotary = program.max_length * program.example[2].shape[3] if program.kind == "decoder" else 0
     tensors = sum(1 for _ in program.module.parameters())
-    graph = 500.0 * len(program.module.graph.nodes) + 1024.0 * tensors
+    graph = 250.0 * len(program.module.graph.nodes) + 512.0 * tensors
     return table * (1 + 4 / BLOCK) + 4.0 * (small + rotary) + graph
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ METHODS = {
     "gptq": Rounding(GPTQ, False, 0.0, False, False, False),
     "gptq-all": Rounding(GPTQ, False, float("inf"), False, False, False),
     "gptq-fallback": Rounding(GPTQ, False, 0.0, True, False, False),
+    "eaquant": Rounding(GPTQ, False, 0.0, False, False, False, balance=2.0),
     "rtn": Rounding(RTN, False, 0.0, False, False, False),
 }
 
@@ -37,10 +39,12 @@ class QuantizeConfig:
     """Settings of `Quantize`.
 
     ``method``: ``carve``, or to compare with ``rtn`` (round-to-nearest), ``gptq`` (each expert by
-    its own tokens), ``gptq-all`` (every token through every expert) or ``gptq-fallback``
-    (round-to-nearest where that is better). ``tokens``: calibration tokens. ``prior`` and
-    ``sweeps``: see `carve.quantize_units.Rounding` and `carve.quantizer.Method`. ``realign``: fit
-    the routers again to what quantized inputs they see, where held-out agreement gets better.
+    its own tokens), ``gptq-all`` (every token through every expert), ``gptq-fallback``
+    (round-to-nearest where that is better) or ``eaquant`` (balanced tokens; with the smoothing of
+    `carve.passes.Smooth` before). ``tokens``: calibration tokens. ``prior`` and ``sweeps``: see
+    `carve.quantize_units.Rounding` and `carve.quantizer.Method`. ``realign``: fit the routers again
+    to what quantized inputs they see, where held-out agreement gets better. ``block``: weights a
+    scale, 32, or 128 where all widths of a unit are multiples of it (4.25 bits a weight, not 5).
     """
 
     method: str = "carve"
@@ -48,6 +52,7 @@ class QuantizeConfig:
     prior: float = 0.5
     sweeps: int = 4
     realign: bool = True
+    block: int = BLOCK
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ class Quantize(Pass[QuantizeConfig]):
                 "config",
                 f"quantize.method {self.config.method!r} is not one of {', '.join(METHODS)}",
             )
+        if self.config.block not in (BLOCK, 128):
+            raise UserError("config", f"quantize.block {self.config.block} is neither 32 nor 128")
 
     def call(self, program: Program, context: Context) -> QuantizeMetrics:
         """Quantize every linear and routed FFN."""
@@ -149,6 +156,10 @@ class Quantize(Pass[QuantizeConfig]):
         metrics.effective_bits.append(effective_bits(program))
         return metrics
 
+    def _block(self, *widths: int) -> int:
+        """The asked block where every width is a multiple of it, else the smallest."""
+        return self.config.block if all(w % self.config.block == 0 for w in widths) else BLOCK
+
     def _lookup(self, program: Program, lookup: Lookup, metrics: QuantizeMetrics) -> None:
         if not large_table(lookup.weight):
             return
@@ -172,11 +183,12 @@ class Quantize(Pass[QuantizeConfig]):
         widths = context.widths_of(unit)
         if unit.weight.shape[1] % BLOCK:
             return unit
+        how = replace(how, block=self._block(unit.weight.shape[1]))
         weight, bias, grid = round_linear(lesson, widths.shared, how, is_head=is_head)
         new = program.set_linear(unit, weight, bias, grid)
         metrics.bits[unit.name] = widths.shared
         held = folds(len(lesson.x))[1]
-        y = rounded(lesson.x[held]) @ grid.round(weight).T
+        y = rounded(lesson.x[held], grid.block) @ grid.round(weight).T
         metrics.error[unit.name] = _relative(y if bias is None else y + bias, lesson.target[held])
         return new
 
@@ -196,6 +208,8 @@ class Quantize(Pass[QuantizeConfig]):
         held = folds(len(lesson.x))[1]
         if self.config.realign and self.config.method == "carve":
             routed, metrics.realigned[site.name] = realigned(routed, before, lesson)
+        sizes = (lesson.x.shape[1], routed.shared_size, routed.expert_size)
+        how = replace(how, block=self._block(*sizes))
         new = round_ffn(routed, lesson, widths.shared, widths.experts, how)
         program.set_routed(site, new)
         site.tuned = True
@@ -262,9 +276,8 @@ def _margin(routed: RoutedFFN, x: Tensor, flipped: Tensor) -> float:
     return float(away[flipped].median() / scores.std().clamp_min(1e-12))
 
 
-def _expert(r: RoutedFFN, e: int, x: Tensor, *, rounding: bool) -> Tensor:
-    """An expert's result ``[T, d]`` with activations rounded or not."""
-    see = rounded if rounding else _as_is
+def _expert(r: RoutedFFN, e: int, x: Tensor, see: Callable[[Tensor], Tensor]) -> Tensor:
+    """An expert's result ``[T, d]`` with activations as ``see`` gives them."""
     gate = None if r.expert_gate is None else r.expert_gate[e].float()
     gate_bias = None if r.expert_gate_bias is None else r.expert_gate_bias[e]
     up_bias = None if r.expert_up_bias is None else r.expert_up_bias[e]
@@ -291,14 +304,15 @@ def _record(
 ) -> ExpertRecord:
     """Signal to noise of each expert: both roundings, weights alone, activations alone."""
     record = ExpertRecord()
+    see = partial(rounded, block=how.block)
     pseudo = how.prior * x.shape[1]
     for e in range(after.num_experts):
         rows = chosen[:, e].nonzero().squeeze(1)
         seen = x[rows[:512]] if len(rows) else x[:64]
-        want = _expert(before, e, seen, rounding=False)
-        record.sqnr.append(_decibel(_expert(after, e, seen, rounding=True), want))
-        record.sqnr_weights.append(_decibel(_expert(after, e, seen, rounding=False), want))
-        record.sqnr_activations.append(_decibel(_expert(before, e, seen, rounding=True), want))
+        want = _expert(before, e, seen, _as_is)
+        record.sqnr.append(_decibel(_expert(after, e, seen, see), want))
+        record.sqnr_weights.append(_decibel(_expert(after, e, seen, _as_is), want))
+        record.sqnr_activations.append(_decibel(_expert(before, e, seen, see), want))
         record.tokens.append(len(rows))
         own = len(rows) + pseudo
         record.prior.append(1.0 if own in (0.0, float("inf")) else pseudo / own)

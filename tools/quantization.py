@@ -49,11 +49,16 @@ class Setting:
     quantize: dict[str, Any] = field(default_factory=dict)
     tokens: int = 24_576
     mixed: bool = False
+    smooth: bool = False
 
     def passes(self) -> list[Pass[Any]]:
         chosen: list[Pass[Any]] = []
         if self.mixed:
             chosen.append(p.ChooseWidths(p.ChooseWidthsConfig()))
+        if self.quantize.get("method") == "eaquant":
+            chosen.append(p.Smooth(p.SmoothConfig(alphas=(0.6,), forced=True)))
+        if self.smooth:
+            chosen.append(p.Smooth(p.SmoothConfig()))
         config = p.QuantizeConfig(tokens=self.tokens, **self.quantize)
         return [*chosen, p.Quantize(config)]
 
@@ -63,7 +68,10 @@ SETTINGS = {
     "int4 GPTQ, own Hessians": Setting(quantize={"method": "gptq"}),
     "int4 GPTQ, all tokens": Setting(quantize={"method": "gptq-all"}),
     "int4 GPTQ, RTN fallback": Setting(quantize={"method": "gptq-fallback"}),
+    "int4 EAQuant": Setting(quantize={"method": "eaquant"}),
     "int4 carve": Setting(),
+    "int4 carve, smoothed": Setting(smooth=True),
+    "int4 carve, blocks of 128": Setting(quantize={"block": 128}),
     "int4 carve, 2K tokens": Setting(tokens=2_048),
     "int4 GPTQ own, 2K tokens": Setting(quantize={"method": "gptq"}, tokens=2_048),
     "int8 carve": Setting(bits=8),

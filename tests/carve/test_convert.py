@@ -174,21 +174,21 @@ def test_effort_and_exactness_choose_the_passes(
 def test_mixed_widths_keep_the_size_that_is_asked(
     checkpoint: Path, out: Path, capsys: Captured
 ) -> None:
-    def made(*more: str) -> dict[str, Any]:
+    def made(*more: str) -> tuple[dict[str, Any], int]:
         assert convert(checkpoint, out, "--budget", "0.7", "--effort", "none", *more) == 0
-        return result(capsys)
+        return result(capsys), sum(p.stat().st_size for p in (out / "onnx").iterdir())
 
-    plain = made("--bits", "8")
-    asked = plain["bytes"] - 30_000
-    small = made("--size", f"{asked}B")
-    assert small["bytes"] <= asked
-    assert small["bits"] == "auto"
-    (chosen,) = [p["metrics"] for p in small["passes"] if p["name"] == "choose_widths"]
-    assert 2 <= chosen["average"] < 8
-    three = made("--bits", "3")
-    (chosen,) = [p["metrics"] for p in three["passes"] if p["name"] == "choose_widths"]
-    assert chosen["average"] <= 3
-    assert three["bytes"] < small["bytes"]
+    def average(answer: dict[str, Any]) -> float:
+        (found,) = [p["metrics"] for p in answer["passes"] if p["name"] == "choose_widths"]
+        return float(found["average"])
+
+    _, plain = made("--bits", "8")
+    answer, small = made("--size", f"{plain * 0.8:.0f}B")
+    assert small <= plain * 0.8
+    assert 2 <= average(answer) < 8
+    answer, three = made("--bits", "3")
+    assert average(answer) <= 3
+    assert three <= small
     assert cli.main(["report", str(out)]) == 0
     text = capsys.readouterr().out
     assert "by carving" in text
@@ -477,7 +477,9 @@ def test_settings(
 @pytest.mark.parametrize(
     "more, word",
     [
-        (("--bits", "3"), "--bits 3"),
+        (("--bits", "1"), "--bits 1"),
+        (("--size", "large"), "'large'"),
+        (("--size", "1MB", "--bits", "16"), "fewer than 16"),
         (("--target", "onnx-gpu"), "'onnx-cpu'"),
         (("--calibration", "/nowhere/text.txt"), "/nowhere/text.txt"),
         (("--recipe", "/nowhere/recipe.toml"), "/nowhere/recipe.toml"),

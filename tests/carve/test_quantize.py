@@ -42,9 +42,12 @@ from carve.passes import (
     RefitConfig,
     RouteRidge,
     RouteRidgeConfig,
+    Smooth,
+    SmoothConfig,
 )
 from carve.passes.choose_widths import BITS, BYTES, READS
 from carve.passes.quantize import agreement, realigned
+from carve.passes.smooth import fold, groups_of
 from carve.program import Program
 from carve.quantize_units import folds, sorted_neurons
 from carve.twin import UnitLesson, twin_walk, units_of
@@ -291,6 +294,46 @@ def test_what_has_one_input_has_one_width(carved: Carved) -> None:
     for layer in range(tiny.LAYERS):
         path = f"model.layers.{layer}.self_attn"
         assert len({widths[f"{path}.{n}_proj"].shared for n in "qkv"}) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "neox", "opt"])
+def test_smoothing_is_folded_away(name: str) -> None:
+    program = tiny.capture(name).program
+    for site in program.sites:
+        program.set_routed(site, tiny.random_routed(site, dynamic=True))
+    inputs = program.example
+    before = program.run(*inputs)[0]
+    groups = groups_of(program)
+    # Phi fuses gate and up; the norms of NeoX and OPT have biases. Each layer has two.
+    assert len(groups) >= 2 * tiny.LAYERS
+    generator = torch.Generator().manual_seed(0)
+    for group in groups:
+        width = group.matrices()[0].shape[-1]
+        fold(program, group, torch.randn(width, generator=generator).exp())
+    assert tiny.relative(program.run(*inputs)[0], before) < 1e-4
+
+
+def test_smoothing_pays_where_channels_are_unequal(carved: Carved) -> None:
+    program = tiny.clone(carved.program)
+    (result,) = PassManager([Smooth(SmoothConfig(tokens=512))])(program, carved.context(bits=4))
+    assert all(g <= 1 for g in result.metrics["gain"].values())
+    assert carved.loss(program) < 1e-4
+    # Every other channel of a norm forty times too large, its columns so much too small.
+    group = groups_of(program)[0]
+    s = torch.ones(group.matrices()[0].shape[-1])
+    s[::2] = 1 / 40
+    fold(program, group, s)
+    (result,) = PassManager([Smooth(SmoothConfig(tokens=512))])(program, carved.context(bits=4))
+    assert result.metrics["gain"][group.name] < 0.7
+
+
+def test_blocks_of_128_where_all_widths_are_multiples(carved: Carved) -> None:
+    program, metrics = carved.quantized(QuantizeConfig(tokens=512, block=128))
+    # Nothing in this model is a multiple of 128 but the width of the shared expert's neurons.
+    assert {g.block for g in grids_of(program)} == {32}
+    assert metrics["effective_bits"] == [5.0]
+    with pytest.raises(UserError, match="neither 32 nor 128"):
+        carved.quantized(QuantizeConfig(block=64))
 
 
 def test_contracts(carved: Carved, four: tuple[Program, Any]) -> None:
