@@ -9,7 +9,10 @@ from torch import Tensor
 
 from carve.grid import BLOCK, Grid
 
-_PANEL = 128
+_GPTQ_PANEL, _DESCENT_PANEL = 64, 256
+"""Columns kept up one by one; the rest of a matrix follows a panel at a time."""
+_WIDE = 1024
+"""Columns above which half the sweeps are done: they cost by the square and gain little."""
 _SHRINK = tuple(1.0 - 0.05 * i for i in range(9))
 
 
@@ -75,8 +78,8 @@ def solve(
     scale = _scales(weight, diagonal, top, block, search=method.search)
     start = (weight, scale, top, block)
     z = _gptq(*start, g) if method.gptq else _nearest(*start)
-    if method.sweeps:
-        _descend(weight, g, z, scale, top, block, method.sweeps)
+    wide = weight.shape[-1] > _WIDE
+    _descend(weight, g, z, scale, top, block, -(-method.sweeps // 2) if wide else method.sweeps)
     return z, scale
 
 
@@ -152,8 +155,8 @@ def _gptq(weight: Tensor, scale: Tensor, top: Tensor, block: int, gram: Tensor) 
     each = torch.arange(count)[:, None, None]
     u = _upper_root(gram[each, order[:, :, None], order[:, None]])
     z = torch.empty_like(w)
-    for start in range(0, k, _PANEL):
-        stop = min(start + _PANEL, k)
+    for start in range(0, k, _GPTQ_PANEL):
+        stop = min(start + _GPTQ_PANEL, k)
         panel = w[..., start:stop]
         errors = torch.empty_like(panel)
         for j in range(stop - start):
@@ -179,27 +182,60 @@ def _descend(
     sweeps: int,
 ) -> None:
     """Coordinate descent on levels and scales, in place."""
+    if not sweeps:
+        return
     rest = (weight - values(z, scale, block)) @ gram
+    columns = weight.shape[-1]
+    width = max(1, _DESCENT_PANEL // block) * block
     for _ in range(sweeps):
-        for b in range(scale.shape[-1]):
-            at = slice(b * block, (b + 1) * block)
-            own = gram[:, at, at]
-            diagonal = own.diagonal(dim1=-2, dim2=-1)
-            high = float(top[b])
-            part, before = rest[..., at].clone(), z[..., at] * scale[..., b, None]
-            level = z[..., at].clone()
-            pull = level @ own
-            weightiness = (pull * level).sum(-1)
-            move = (level * part).sum(-1) / weightiness.clamp_min(1e-30)
-            move = torch.where(weightiness > 0, move, torch.zeros_like(move))
-            scale[..., b] += move
-            part -= move[..., None] * pull
-            step = _divisor(scale[..., b])
-            for j in range(block):
-                wanted = level[..., j] + part[..., j] / (diagonal[:, j, None] * step)
-                new = wanted.round_().clamp_(-high, high - 1)
-                part -= ((new - level[..., j]) * step)[..., None] * own[:, None, j]
-                level[..., j] = new
-            z[..., at] = level
-            moved = level * scale[..., b, None] - before
-            rest -= moved @ gram[:, at]
+        for first in range(0, columns, width):
+            # What a panel's blocks do to one another is kept up as they move; what they do to all
+            # other columns is one product when the panel is done.
+            panel = slice(first, min(first + width, columns))
+            local, before = rest[..., panel].clone(), values_of(z, scale, panel, block)
+            for start in range(panel.start, panel.stop, block):
+                at = slice(start, start + block)
+                inside = slice(start - first, start - first + block)
+                _descend_block(gram[:, at, panel], local, z[..., at], scale, top, start, inside)
+            rest -= (values_of(z, scale, panel, block) - before) @ gram[:, panel]
+
+
+def values_of(z: Tensor, scale: Tensor, columns: slice, block: int) -> Tensor:
+    """`values` of some whole blocks."""
+    own = slice(columns.start // block, columns.stop // block)
+    return values(z[..., columns], scale[..., own], block)
+
+
+def _descend_block(
+    gram: Tensor,
+    local: Tensor,
+    level: Tensor,
+    scale: Tensor,
+    top: Tensor,
+    start: int,
+    inside: slice,
+) -> None:
+    """One block's scale, then its levels, in place.
+
+    ``gram`` ``[B, block, panel]``: its rows; ``local`` ``[B, N, panel]``: ``(W - W') G`` of the
+    panel, in which the block stands at ``inside``.
+    """
+    block = level.shape[-1]
+    index = start // block
+    own = gram[..., inside]
+    diagonal = own.diagonal(dim1=-2, dim2=-1)
+    high = float(top[index])
+    part, before = local[..., inside].clone(), level * scale[..., index, None]
+    pull = level @ own
+    weightiness = (pull * level).sum(-1)
+    move = (level * part).sum(-1) / weightiness.clamp_min(1e-30)
+    move = torch.where(weightiness > 0, move, torch.zeros_like(move))
+    scale[..., index] += move
+    part -= move[..., None] * pull
+    step = _divisor(scale[..., index])
+    for j in range(block):
+        wanted = level[..., j] + part[..., j] / (diagonal[:, j, None] * step)
+        new = wanted.round_().clamp_(-high, high - 1)
+        part -= ((new - level[..., j]) * step)[..., None] * own[:, None, j]
+        level[..., j] = new
+    local -= (level * scale[..., index, None] - before) @ gram
