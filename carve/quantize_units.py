@@ -23,7 +23,7 @@ from carve.statistics import (
 )
 from carve.twin import UnitLesson
 
-_STRENGTHS = (1e-2, 1e-1, 1.0)
+_STRENGTHS = (1e-2, 1e-1, 1.0, 10.0)
 _CHUNK = 4096
 _FLOOR = 0.03
 """Weight of a token that gives a group of logits no probability."""
@@ -41,7 +41,7 @@ class Rounding:
     order an expert's neurons by size, so that those that share a scale are alike; ``head_groups``:
     weigh the tokens of each group of logits by its share in the divergence; ``balance``: an expert
     learns from at most so many times its even share of the tokens (EAQuant); ``block``: weights a
-    scale.
+    scale; ``shrink``: how far few tokens are mistrusted, see `round_matrices`.
     """
 
     method: Method = field(default_factory=Method)
@@ -51,6 +51,7 @@ class Rounding:
     sort: bool = True
     head_groups: bool = True
     balance: float = float("inf")
+    shrink: float = 2.0
     block: int = BLOCK
 
 
@@ -84,12 +85,18 @@ def _size(view: Callable[[Tensor], Tensor], y: Tensor, weight: Tensor, index: Te
 
 
 def round_matrices(
-    weight: Tensor, gram: Tensor, held: Tensor, bits: Tensor, how: Rounding
+    weight: Tensor, gram: Tensor, held: Tensor, bits: Tensor, how: Rounding, tokens: float
 ) -> tuple[Tensor, Tensor]:
     """`solve`, or round-to-nearest where its error by ``held`` is lower, matrix by matrix.
 
+    What few ``tokens`` tell of ``K`` columns holds for them alone: the diagonal is raised by the
+    share ``shrink K / T``.
+
     Shapes as there; gives weights ``[B, N, K]`` on their grids, and scales.
     """
+    gram = gram.clone()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal *= 1.0 + how.shrink * gram.shape[-1] / max(1.0, tokens)
     z, scale = solve(weight, gram, bits, how.method, how.block)
     new = values(z, scale, how.block)
     if how.fall_back and how.method != RTN:
@@ -135,7 +142,7 @@ def round_linear(
         if importance is not None:
             gram, held = (_gram(x, importance, i) for i in parts)
             gram = gram + held
-        found = round_matrices(wanted[rows][None], gram[None], held[None], widths, how)
+        found = round_matrices(wanted[rows][None], gram[None], held[None], widths, how, len(x))
         new[rows], scale[rows] = found[0][0], found[1][0]
     bias = unit.bias
     if bias is not None and how.correct:
@@ -265,7 +272,8 @@ def _round_in(
         if not how.correct:
             return w
         flat = w.flatten(0, 1).T if w.ndim == 3 else w.T
-        return pulled_towards(flat, g, c @ flat, 0.1).T.reshape(w.shape)
+        strength = max(0.1, how.shrink * x.shape[1] / len(x))
+        return pulled_towards(flat, g, c @ flat, strength).T.reshape(w.shape)
 
     def pair(gate: Tensor | None, up: Tensor) -> Tensor:
         return up.float() if gate is None else torch.cat((gate.float(), up.float()))
@@ -278,19 +286,24 @@ def _round_in(
                 Grid(shared_bits, s.contiguous(), how.block),
             )
 
+    total = float(weight.sum())
     if r.shared_up is not None:
         w = corrected(pair(r.shared_gate, r.shared_up), gram, cross)
         new, scale = round_matrices(
-            w[None], gram[None], every[1][0][None], _widths(shared_bits, w.shape[1], how), how
+            w[None],
+            gram[None],
+            every[1][0][None],
+            _widths(shared_bits, w.shape[1], how),
+            how,
+            total,
         )
         store("shared", r.shared_gate, r.shared_up, new[0], scale[0])
     found: list[tuple[Tensor, Tensor]] = []
     pseudo = how.prior * x.shape[1]
-    total = float(weight.sum())
     for e in range(r.num_experts):
         w = pair(None if r.expert_gate is None else r.expert_gate[e], r.expert_up[e])
         own, own_held = gram, every[1][0]
-        own_cross = cross
+        own_cross, seen = cross, total
         if pseudo != float("inf"):
             rows = [
                 _at_most(i[chosen[i, e]], how.balance * float(chosen[i].sum()) / r.num_experts)
@@ -304,9 +317,10 @@ def _round_in(
             share = pseudo / total * (mean / (gram.diagonal().sum() / total) if count else 1.0)
             own, own_cross = own + share * gram, own_cross + share * cross
             own_held = own_held + share * every[1][0]
+            seen = count + pseudo
         w = corrected(w, own, own_cross)
         new, scale = round_matrices(
-            w[None], own[None], own_held[None], _widths(expert_bits[e], w.shape[1], how), how
+            w[None], own[None], own_held[None], _widths(expert_bits[e], w.shape[1], how), how, seen
         )
         found.append((new[0], scale[0]))
     names = ["expert_up"] if r.expert_gate is None else ["expert_gate", "expert_up"]
@@ -370,7 +384,12 @@ def _round_down(
         )
     )
     new, scale = round_matrices(
-        start[:n].T.contiguous()[None], gram[None, :n, :n], grams[1][None, :n, :n], bits, how
+        start[:n].T.contiguous()[None],
+        gram[None, :n, :n],
+        grams[1][None, :n, :n],
+        bits,
+        how,
+        len(x),
     )
     matrix = torch.cat((new[0].T, start[n:]))
     if how.correct:

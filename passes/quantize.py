@@ -24,13 +24,16 @@ from carve.statistics import ridge
 from carve.tuning import calibrated
 from carve.twin import UnitLesson, twin_walk
 
+_PLAIN = Rounding(
+    GPTQ, correct=False, prior=0.0, fall_back=False, sort=False, head_groups=False, shrink=0.0
+)
 METHODS = {
     "carve": Rounding(),
-    "gptq": Rounding(GPTQ, False, 0.0, False, False, False),
-    "gptq-all": Rounding(GPTQ, False, float("inf"), False, False, False),
-    "gptq-fallback": Rounding(GPTQ, False, 0.0, True, False, False),
-    "eaquant": Rounding(GPTQ, False, 0.0, False, False, False, balance=2.0),
-    "rtn": Rounding(RTN, False, 0.0, False, False, False),
+    "gptq": _PLAIN,
+    "gptq-all": replace(_PLAIN, prior=float("inf")),
+    "gptq-fallback": replace(_PLAIN, fall_back=True),
+    "eaquant": replace(_PLAIN, balance=2.0),
+    "rtn": replace(_PLAIN, method=RTN),
 }
 
 
