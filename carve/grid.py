@@ -17,9 +17,14 @@ TABLE_BITS = 8
 """Width of embedding tables: one row is read a token, and its error reaches every layer."""
 
 
+def in_blocks(*widths: int, block: int = BLOCK) -> bool:
+    """Whether rows of these widths are whole blocks."""
+    return all(w % block == 0 for w in widths)
+
+
 def large_table(weight: Tensor) -> bool:
     """Whether an embedding's table ``[V, d]`` is worth a grid; positions and types are few."""
-    return weight.shape[0] >= 1024 and weight.shape[1] % BLOCK == 0
+    return weight.shape[0] >= 1024 and in_blocks(weight.shape[1])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from carve.calibration import limit_batches
 from carve.dialect import LinearRule, linear_rule
 from carve.evaluate import Evaluator
 from carve.ffn import RoutedFFN
-from carve.grid import BLOCK, WIDTHS, Grid, large_table
+from carve.grid import BLOCK, WIDTHS, Grid, in_blocks, large_table
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
 from carve.sites import FFNSite, Linear
@@ -193,13 +193,15 @@ def units_to_choose(
     """Units of one width each, and the experts of every carved site."""
     together: dict[object, list[Linear]] = {}
     for linear in program.linears:
-        if linear.weight.shape[1] % BLOCK == 0:
+        if in_blocks(linear.weight.shape[1]):
             together.setdefault(linear.input, []).append(linear)
     units = [_Unit(tuple(n.name for n in g), tuple(n.weight for n in g)) for g in together.values()]
     layers = []
     for site in program.carved:
         r = site.routed
         assert r is not None
+        if not in_blocks(r.expert_up.shape[-1], r.shared_size, r.expert_size):
+            continue
         named = ("shared_gate", "shared_up", "shared_down")
         shared = tuple(getattr(r, n) for n in named if getattr(r, n) is not None)
         if shared:

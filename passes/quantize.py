@@ -14,7 +14,7 @@ from carve.calibration import limit_batches
 from carve.dialect import hidden, linear_rule, select
 from carve.errors import UserError
 from carve.ffn import RoutedFFN
-from carve.grid import BLOCK, TABLE_BITS, Grid, large_table
+from carve.grid import BLOCK, TABLE_BITS, Grid, in_blocks, large_table
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
 from carve.quantize_units import Rounding, folds, round_ffn, round_linear, sorted_neurons
@@ -107,7 +107,8 @@ class Quantize(Pass[QuantizeConfig]):
     they had (EAQuant, arXiv 2506.13329, for the idea), accepted only if the set of experts is the
     former one on more held-out tokens. Tables of embeddings are rounded to the nearest of 8 bits.
 
-    Weights whose rows are no whole blocks stay as they are.
+    Linears whose rows are no whole blocks stay as they are, and so do routed FFNs with any such
+    width, which are rounded to the nearest of 8 bits where they can be as they are written.
     """
 
     name = "quantize"
@@ -161,7 +162,8 @@ class Quantize(Pass[QuantizeConfig]):
 
     def _block(self, *widths: int) -> int:
         """The asked block where every width is a multiple of it, else the smallest."""
-        return self.config.block if all(w % self.config.block == 0 for w in widths) else BLOCK
+        asked = self.config.block
+        return asked if in_blocks(*widths, block=asked) else BLOCK
 
     def _lookup(self, program: Program, lookup: Lookup, metrics: QuantizeMetrics) -> None:
         if not large_table(lookup.weight):
@@ -184,7 +186,7 @@ class Quantize(Pass[QuantizeConfig]):
         unit = lesson.unit
         assert isinstance(unit, Linear)
         widths = context.widths_of(unit)
-        if unit.weight.shape[1] % BLOCK:
+        if not in_blocks(unit.weight.shape[1]):
             return unit
         how = replace(how, block=self._block(unit.weight.shape[1]))
         weight, bias, grid = round_linear(lesson, widths.shared, how, is_head=is_head)
@@ -206,12 +208,14 @@ class Quantize(Pass[QuantizeConfig]):
     ) -> None:
         before = site.routed
         assert before is not None
+        sizes = (lesson.x.shape[1], before.shared_size, before.expert_size)
+        if not in_blocks(*sizes):
+            return
         widths = context.widths_of(site)
         routed = sorted_neurons(before, lesson.x) if how.sort else before
         held = folds(len(lesson.x))[1]
         if self.config.realign and self.config.method == "carve":
             routed, metrics.realigned[site.name] = realigned(routed, before, lesson)
-        sizes = (lesson.x.shape[1], routed.shared_size, routed.expert_size)
         how = replace(how, block=self._block(*sizes))
         new = round_ffn(routed, lesson, widths.shared, widths.experts, how)
         program.set_routed(site, new)

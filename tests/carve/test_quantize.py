@@ -336,6 +336,26 @@ def test_blocks_of_128_where_all_widths_are_multiples(carved: Carved) -> None:
         carved.quantized(QuantizeConfig(block=64))
 
 
+def test_widths_that_are_no_whole_blocks_are_left_to_the_emitter(
+    carved: Carved, tmp_path: Path
+) -> None:
+    program = tiny.clone(carved.program)
+    site = program.carved[1]
+    program.set_routed(site, tiny.random_routed(site, num_experts=4, expert_size=24))
+    kept = site.routed
+    assert kept is not None
+    limits = {BITS: 4.0}
+    context = carved.context(bits=4, limits=limits)
+    chosen = [ChooseWidths(ChooseWidthsConfig(tokens=128)), Quantize(QuantizeConfig(tokens=512))]
+    PassManager(chosen)(program, context)
+    assert site.name not in context.widths
+    assert site.routed is kept
+    assert program.carved[0].routed is not None
+    assert program.carved[0].routed.grids
+    emit(program, tmp_path / "m.onnx", 4)
+    assert check_parity(program, tmp_path / "m.onnx", carved.prompts(), 4).median_error < 2e-2
+
+
 def test_contracts(carved: Carved, four: tuple[Program, Any]) -> None:
     with pytest.raises(ContractError, match="width below"):
         carved.quantized(bits=16)
