@@ -16,7 +16,7 @@ from torch import Tensor
 
 from carve.dialect import LinearRule, linear_rule
 from carve.ffn import RoutedFFN
-from carve.grid import BLOCK, Grid
+from carve.grid import BLOCK, Grid, in_blocks
 from carve.program import Program
 
 Kernel = Literal["int8", "lookup", "float"]
@@ -72,7 +72,6 @@ def product(x: Tensor, weight: Tensor, grid: Grid, kernel: Kernel = "int8") -> T
     """``x @ weight.T`` with ``weight`` ``[N, K]`` on ``grid``, as ``kernel`` computes it."""
     if kernel == "lookup":
         return lookup_product(x, grid.levels(weight), grid)
-    # fp32 weights that are on the grid need no rounding; it would give them back unchanged.
     w = grid.round(weight)
     return F.linear(rounded(x, grid.block) if kernel == "int8" else x, w)
 
@@ -85,7 +84,7 @@ def fused(routed: RoutedFFN, block: int = BLOCK) -> bool:
         if routed.expert_gate is not None
         else routed.activation in ("silu", "relu")
     )
-    return known and all(w % block == 0 for w in widths)
+    return known and in_blocks(*widths, block=block)
 
 
 def expert_kernel(bits: int, rows: int, *, is_fused: bool, block: int = BLOCK) -> Kernel:
@@ -147,7 +146,7 @@ class Precision:
         known = self.known(weight)
         if known is not None:
             return known
-        if self.bits >= 16 or weight.shape[-1] % self.block:
+        if self.bits >= 16 or not in_blocks(weight.shape[-1], block=self.block):
             return None
         return Grid.nearest(weight, self.bits, self.block)
 

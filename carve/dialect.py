@@ -68,8 +68,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return y if bias is None else y + bias.to(x.dtype)
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
-    y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    y = stored_product(x, weight)
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def stored_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in the weight's own precision, result in ``x``'s dtype; no rule is asked."""
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def hidden(

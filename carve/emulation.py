@@ -78,7 +78,8 @@ def check_nodes(path: Path, feeds: Arrays) -> EmulationMetrics:
     return metrics
 
 
-def _session(path: Path | bytes) -> Any:
+def cpu_session(path: Path | bytes) -> Any:
+    """An onnxruntime session on the CPU, for a file or a serialized model."""
     import onnxruntime as ort  # type: ignore[import-untyped]
 
     options = ort.SessionOptions()
@@ -116,7 +117,7 @@ def _results(model: ir.Model, path: Path, feeds: Arrays) -> dict[str, np.ndarray
     probe = path.with_name(f".{path.name}.probe")
     try:
         ir.save(model, str(probe))
-        session = _session(probe)
+        session = cpu_session(probe)
         asked = [o.name for o in session.get_outputs()]
         accepted = {i.name for i in session.get_inputs()}
         results = session.run(asked, {k: v for k, v in feeds.items() if k in accepted})
@@ -166,7 +167,7 @@ def _alone(node: ir.Node) -> dict[str, np.ndarray]:
         name="one",
     )
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=10)).SerializeToString()
-    return {**feeds, result: _session(model).run(None, feeds)[0]}
+    return {**feeds, result: cpu_session(model).run(None, feeds)[0]}
 
 
 def _columns(node: ir.Node) -> int:

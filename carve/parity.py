@@ -13,6 +13,7 @@ from torch import Tensor
 
 from carve.arithmetic import Precision
 from carve.dialect import LinearRule, linear_rule
+from carve.emulation import cpu_session
 from carve.errors import CarveError
 from carve.program import Program
 from carve.sites import FFNSite
@@ -52,11 +53,7 @@ def run_onnx(
     path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
 ) -> list[list[Any]]:
     """All results of the model for each prompt."""
-    import onnxruntime as ort  # type: ignore[import-untyped]
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(path)
     names = [i.name for i in session.get_inputs()]
     return [session.run(None, feeds_of(program, p, names)) for p in prompts]
 

@@ -161,7 +161,8 @@ def _row_groups(
     would be too many: rows are grouped by direction (k-means on cosine), and a group's tokens are
     weighted by the mean of ``p_n (1 - p_n)`` over it, with a floor.
     """
-    weight = lesson.unit.weight.float() if isinstance(lesson.unit, Linear) else lesson.target
+    assert isinstance(lesson.unit, Linear)
+    weight = lesson.unit.weight.float()
     rows, width = weight.shape
     count = min(64, 16_384 // width, rows // 32) if is_head and how.head_groups else 1
     if count < 2:
@@ -197,12 +198,11 @@ def _directions(rows: Tensor, count: int, rounds: int = 12) -> Tensor:
 def sorted_neurons(routed: RoutedFFN, x: Tensor) -> RoutedFFN:
     """Neurons of the shared expert and of every expert in order of falling size on ``x``.
 
-    The size is the root mean square of the hidden activation over the tokens that reach it, times
-    the norm of its column. The function is the same: only the order within experts changes.
+    The size is the root mean square of the hidden activation over all tokens. The function is the
+    same: only the order within experts changes.
     """
-    h = torch.cat(
-        [routed.merged().hidden(p).square().mean(0)[None] for p in torch.split(x, _CHUNK)]
-    )
+    merged = routed.merged()
+    h = torch.cat([merged.hidden(p).square().mean(0)[None] for p in torch.split(x, _CHUNK)])
     size = h.mean(0).sqrt()
     s, experts = routed.shared_size, routed.num_experts
     changes: dict[str, Any] = {}
@@ -271,9 +271,8 @@ def _round_in(
         """Where rounded inputs give what the former ones gave: ``c`` is ``X' X_former``."""
         if not how.correct:
             return w
-        flat = w.flatten(0, 1).T if w.ndim == 3 else w.T
         strength = max(0.1, how.shrink * x.shape[1] / len(x))
-        return pulled_towards(flat, g, c @ flat, strength).T.reshape(w.shape)
+        return pulled_towards(w.T, g, c @ w.T, strength).T.contiguous()
 
     def pair(gate: Tensor | None, up: Tensor) -> Tensor:
         return up.float() if gate is None else torch.cat((gate.float(), up.float()))

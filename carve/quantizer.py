@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carve.grid import BLOCK, Grid
+from carve.grid import BLOCK
 
 _GPTQ_PANEL, _DESCENT_PANEL = 64, 256
 """Columns kept up one by one; the rest of a matrix follows a panel at a time."""
@@ -89,11 +89,6 @@ def values(z: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
     return result
 
 
-def grid_of(scale: Tensor, bits: int, block: int = BLOCK) -> Grid:
-    """Scales as a grid."""
-    return Grid(bits, scale.contiguous(), block)
-
-
 def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -114,14 +109,12 @@ def _scales(weight: Tensor, diagonal: Tensor, top: Tensor, block: int, *, search
     importance = diagonal.unflatten(-1, (-1, block))[:, None]
     least = torch.full_like(best, torch.inf)
     base = best.clone()
-    limit = top[:, None]
     for sign in (1.0, -1.0):
         for factor in _SHRINK:
             # The other sign has one level less on the extreme's side.
             trial = base * (sign * factor * (1.0 if sign > 0 else 1.0 + 1.0 / float(top.max())))
-            z = (blocks / _divisor(trial)[..., None]).round_()
-            z = torch.minimum(torch.maximum(z, -limit), limit - 1)
-            error = ((z * trial[..., None] - blocks).square_() * importance).sum(-1)
+            off = (values(_nearest(weight, trial, top, block), trial, block) - weight).square_()
+            error = (off.unflatten(-1, (-1, block)) * importance).sum(-1)
             better = error < least
             least = torch.where(better, error, least)
             best = torch.where(better, trial, best)

@@ -12,7 +12,7 @@ from torch import Tensor
 from carve.allocate import Option, allocate
 from carve.budget import Widths
 from carve.calibration import limit_batches
-from carve.dialect import LinearRule, linear_rule
+from carve.dialect import LinearRule, linear_rule, stored_product
 from carve.evaluate import Evaluator
 from carve.ffn import RoutedFFN
 from carve.grid import BLOCK, WIDTHS, Grid, in_blocks, large_table
@@ -230,6 +230,6 @@ def _rounding(weights: Sequence[Tensor], bits: int) -> LinearRule:
     def rule(x: Tensor, weight: Tensor) -> Tensor:
         if weight.data_ptr() in mine:
             return F.linear(x.float(), Grid.nearest(weight, bits).round(weight))
-        return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        return stored_product(x, weight)
 
     return rule

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from carve.arithmetic import rounded
 from carve.calibration import limit_batches
-from carve.dialect import linear_rule
+from carve.dialect import linear_rule, stored_product
 from carve.errors import UserError
-from carve.grid import BLOCK
+from carve.grid import BLOCK, in_blocks
 from carve.match import get_tensor
 from carve.passbase import Context, Pass
 from carve.program import Program
@@ -136,7 +136,7 @@ def groups_of(program: Program) -> list[_Group]:
         linears = [u for u in units if isinstance(u, Linear)]
         site = next((u for u in units if isinstance(u, FFNSite)), None)
         group = _Group(node, *place, linears, site, gates)
-        whole = all(w.shape[-1] % BLOCK == 0 for w in group.matrices())
+        whole = in_blocks(*(w.shape[-1] for w in group.matrices()))
         if whole and set(node.users) <= known:
             groups.append(group)
     return groups
@@ -169,7 +169,7 @@ def _inputs(program: Program, groups: list[_Group], batches: Any) -> dict[fx.Nod
             node = first.get(w.data_ptr())
             if node is not None:
                 parts[node].append(batch.counted(x).float())
-            return torch.nn.functional.linear(x.to(w.dtype), w).to(x.dtype)
+            return stored_product(x, w)
 
         def observe(site: FFNSite, x: Tensor, batch: Any = batch) -> None:
             node = of_site.get(site.name)

@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from quality import Bench, minilm_folder
+from quality import Bench, minilm_folder, split_passes
 
 from carve import passes as p
 from carve.arithmetic import as_emitted
@@ -91,12 +91,7 @@ class Carved:
             names.append(p.Distill(p.DistillConfig()))
         program = capture_checkpoint(bench.folder)
         context = bench.context(program, share)
-        first: list[Pass[Any]] = [
-            p.Profile(p.ProfileConfig()),
-            p.Allocate(p.AllocateConfig()),
-            p.Carve(p.CarveConfig()),
-        ]
-        PassManager([*first, *names])(program, context)
+        PassManager([*split_passes("measured"), *names])(program, context)
         self.routed = {s.name: s.routed for s in program.carved}
         self.evaluator = Evaluator(program, bench.held)
 
