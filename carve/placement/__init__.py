@@ -1,0 +1,1 @@
+"""Placement: which device holds which expert, solved with a bound."""
