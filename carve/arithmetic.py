@@ -150,6 +150,11 @@ class Precision:
             return None
         return Grid.nearest(weight, self.bits, self.block)
 
+    def nbytes(self, weight: Tensor) -> int:
+        """Bytes of a weight as it is emitted: levels and scales, or fp32."""
+        grid = self.of(weight) if weight.ndim == 2 else None
+        return 4 * weight.numel() if grid is None else grid.bytes
+
     def rule(self, disturb: Callable[[Tensor], Tensor] = lambda x: x) -> LinearRule:
         """Products as the kernels compute them; ``disturb`` is applied to the activations."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from carve.errors import CarveError
+from carve.errors import CarveError, UserError
 from carve.version import __version__
 
 # onnxruntime reports usage by default; a compiler of other people's models does not.
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--size", help="most bytes of the model's files, for example 40MB")
     c.add_argument("--reads", help="most bytes of weights that a token reads, for example 20MB")
+    c.add_argument("--devices", help="place the experts on these: a TOML file, or a preset's name")
     c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")
     c.add_argument("--calibration", help="a text file instead of the bundled text")
     c.add_argument("--recipe", type=Path, help="settings from a TOML file")
@@ -97,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         "--context", type=int, default=50, help="tokens in the cache when decoding starts"
     )
     c.add_argument("--prefill", type=int, default=256)
+
+    c = command("plan", "where experts would go: seconds, and nothing is converted")
+    c.add_argument("path", help="a checkpoint, or an artifact that was converted with --devices")
+    c.add_argument("--devices", required=True, help="a TOML file, or a preset's name")
+    c.add_argument("--budget", type=float, default=0.6, help="of a checkpoint (default: 0.6)")
+    c.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="of a checkpoint")
+    c.add_argument("--set", action="append", default=[], metavar="place.KEY=VALUE", dest="settings")
 
     c = command("report", "what each pass of a conversion did")
     c.add_argument("artifact")
@@ -203,6 +211,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         "reads": args.reads,
         "targets": args.target.split(",") if args.target else None,
         "calibration": args.calibration,
+        "devices": args.devices,
         "seed": args.seed,
     }
     general.update({k: v for k, v in given.items() if v is not None})
@@ -302,6 +311,26 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.config import apply_settings, build
+    from carve.passes.place import PlaceConfig
+    from carve.plan import plan
+
+    table: dict[str, Any] = {}
+    apply_settings(table, args.settings)
+    if any(section != "place" for section in table):
+        raise UserError("config", "carve plan takes settings of place only")
+    settings = build(PlaceConfig, "place", {"seconds": 5.0, **table.get("place", {})})
+    result = plan(Path(args.path), args.devices, args.budget, args.bits, settings)
+    if not args.json:
+        from carve.placement.table import memory_table, value_line
+
+        p = result["placement"]
+        _out(value_line(p["objective"], p["value"], p["bound"], p["gap"]))
+        _out(memory_table(result["memory"]))
+    return result
+
+
 def _report(args: argparse.Namespace) -> dict[str, Any]:
     from carve.artifact import Artifact
 
@@ -327,6 +356,7 @@ _COMMANDS = {
     "run": _run,
     "eval": _eval,
     "bench": _bench,
+    "plan": _plan,
     "report": _report,
     "list": _list,
 }

@@ -31,6 +31,7 @@ PASS_NAMES = (
     "choose_widths",
     "smooth",
     "quantize",
+    "place",
 )
 EFFORTS = ("none", "layer", "full")
 TARGETS = ("onnx-cpu",)
@@ -55,6 +56,7 @@ class ConvertConfig:
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
             gated as save what the deep half would; 0 has no gates, ``auto`` lets the allocation
             choose between narrower FFNs and gates, blocks and rates.
+        devices: a TOML file of devices, or a preset's name: experts are placed on them.
         exact: keep the dense weights as they are: widths, routers and compensation only, so that
             every expert on is the dense model; ``effort`` has no say then.
         router: ``ridge`` or ``analytical``.
@@ -78,6 +80,7 @@ class ConvertConfig:
     targets: tuple[str, ...] = TARGETS
     effort: str = "layer"
     skip: float | str = 0.0
+    devices: str | None = None
     exact: bool = False
     router: str = "ridge"
     shared_share: float = 0.7
@@ -122,6 +125,10 @@ def _check(c: ConvertConfig) -> None:
     if not isinstance(asked, int | float) or not 0.0 < asked <= 1.0:
         raise UserError("budget", f"{name} {asked} is outside (0, 1]", "try --budget 0.6")
     _check_bits(c)
+    if c.devices is not None and c.is_dense:
+        raise UserError("config", "nothing is carved, so there is nothing to place on --devices")
+    if "place" in c.passes and c.devices is None and "devices" not in c.passes["place"]:
+        raise UserError("config", "[place] needs devices", "give --devices D.toml")
     for t in c.targets:
         if t not in TARGETS:
             raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")

@@ -127,6 +127,9 @@ class Pass(ABC, Generic[ConfigT]):
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 
+    def foresee(self, program: Program, context: Context) -> None:
+        """Check on the dense program, before the first pass runs, what would fail later."""
+
     def requires(self, program: Program, context: Context) -> None:
         """Check that the pass can run."""
 
@@ -218,6 +221,8 @@ class PassManager:
             ContractError: a contract does not hold; the message names the pass and those before.
         """
         done: list[PassResult] = []
+        for p in self.passes:
+            p.foresee(program, context)
         for p in self.passes:
             began = time.monotonic()
             try:

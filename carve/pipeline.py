@@ -67,6 +67,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.Smooth, p.SmoothConfig, **as_published))
     if config.nominal_bits < 16:
         listed.append(make(p.Quantize, p.QuantizeConfig))
+    if config.devices is not None or "place" in config.passes:
+        given = {} if config.devices is None else {"devices": config.devices}
+        listed.append(make(p.Place, p.PlaceConfig, **given))
     return listed
 
 
@@ -341,6 +344,7 @@ class _Conversion:
         facts = model_facts(self.program, emitted.shared_cache, folder)
         if self.program.kind == "decoder" and emitted.shared_cache:
             art.write_json(stage / "genai_config.json", genai_config(self.program, facts))
+        _write_placement(stage, self.program.notes)
         size = sum(p.stat().st_size for p in (stage / "onnx").iterdir())
         report["bytes"] = size
         if self.config.size is not None and size > parse_size(self.config.size, "--size"):
@@ -360,6 +364,18 @@ class _Conversion:
             "files": art.hashes(stage),
         }
         art.write_json(stage / art.MANIFEST, manifest)
+
+
+def _write_placement(stage: Path, notes: dict[str, Any]) -> None:
+    """The placement, and what it takes to place the artifact's experts anew."""
+    from carve.plan import SIZES, TRACE
+
+    if "placement" not in notes:
+        return
+    art.write_json(stage / "placement.json", notes["placement"].as_dict())
+    (stage / TRACE).parent.mkdir(exist_ok=True)
+    (stage / TRACE).write_bytes(notes["trace"].pack())
+    art.write_json(stage / SIZES, asdict(notes["sizes"]))
 
 
 def _asked_bits(config: ConvertConfig) -> float | str:

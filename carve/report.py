@@ -86,7 +86,24 @@ def render(report: dict[str, Any]) -> str:
     lines += _allocation(report)
     lines += _gates(report)
     lines += _widths(report)
+    lines += _placement(report)
     return "\n".join(lines)
+
+
+def _placement(report: dict[str, Any]) -> list[str]:
+    """Where the experts went, and how far from the best that can be."""
+    from carve.placement.table import memory_table, scores_table, value_line
+
+    found = {p["name"]: p["metrics"] for p in report["passes"]}.get("place")
+    if not found:
+        return []
+    return [
+        "",
+        value_line(found["objective"], found["value"], found["bound"], found["gap"]),
+        memory_table(found["memory"], found["load"]),
+        "",
+        scores_table(found["scores"]),
+    ]
 
 
 def _widths(report: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from carve.passes.compensate import Compensate, CompensateConfig
 from carve.passes.distill import Distill, DistillConfig
 from carve.passes.finetune import Finetune, FinetuneConfig
 from carve.passes.gate import GateConfig, SkipGates
+from carve.passes.place import Place, PlaceConfig
 from carve.passes.place_gates import PlaceGates, PlaceGatesConfig
 from carve.passes.profile import Profile, ProfileConfig
 from carve.passes.quantize import Quantize, QuantizeConfig
@@ -29,6 +30,8 @@ __all__ = [
     "Finetune",
     "FinetuneConfig",
     "GateConfig",
+    "Place",
+    "PlaceConfig",
     "PlaceGates",
     "PlaceGatesConfig",
     "Profile",

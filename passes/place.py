@@ -1,0 +1,118 @@
+"""Place: which device holds which expert, from a trace of who is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from carve.arithmetic import as_emitted
+from carve.calibration import limit_batches
+from carve.passbase import Context, ContractError, Pass
+from carve.placement.devices import read_devices
+from carve.placement.place import PlaceSettings, place
+from carve.placement.problem import OBJECTIVES, Homes, Problem
+from carve.placement.sizes import planned_sizes, sizes_of
+from carve.placement.trace import collect_trace
+from carve.program import Program
+
+
+@dataclass(frozen=True)
+class PlaceConfig:
+    """Settings of `Place`, those of `carve.placement.place.PlaceSettings` among them.
+
+    ``devices``: a TOML file, or the name of a preset. ``tokens``: calibration tokens to trace, half
+    of them to place and half to score. ``batch``: tokens served at a time, for throughput;
+    ``context``: tokens in each of their caches, for the host's memory.
+    """
+
+    devices: str = ""
+    objective: str = "throughput"
+    seconds: float = 30.0
+    replicas: int = 1
+    solver: str = "highs"
+    tokens: int = 16_384
+    batch: int = 8
+    context: int = 2_048
+
+
+@dataclass(frozen=True)
+class PlaceMetrics:
+    """``value`` and ``bound`` of the ``objective`` on the half that placed, ``gap`` between them.
+
+    ``scores``: every objective on the other half, for this placement and for experts dealt out in
+    turn (``round-robin``; seconds and hops a token). ``memory``: by device, bytes of experts and
+    room for them; ``load``: by device, mean experts a token that it runs.
+    """
+
+    objective: str
+    value: float
+    bound: float
+    gap: float
+    seconds: float
+    scores: dict[str, dict[str, float]]
+    memory: dict[str, list[float]]
+    load: dict[str, float]
+
+
+class Place(Pass[PlaceConfig]):
+    """Give every routed expert a device (`carve.placement.place` has formulations and sources).
+
+    Leaves ``notes["placement"]``: `carve.placement.result.Placement`, ``notes["trace"]``:
+    `carve.placement.trace.Trace`, and ``notes["sizes"]``: `carve.placement.sizes.Sizes`.
+    """
+
+    name = "place"
+
+    def foresee(self, program: Program, context: Context) -> None:
+        """Needs room for what is planned, as far as widths are known before they are chosen."""
+        c = self.config
+        devices = read_devices(c.devices)
+        PlaceSettings(c.objective, c.seconds, c.replicas, c.solver)
+        if not context.limits:
+            sizes, trace = planned_sizes(program, context.splits, context.bits)
+            sizes.problem(devices, trace, context=c.context, batch=c.batch).check()
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Needs devices, and experts to place."""
+        if not self.config.devices:
+            raise ContractError("contract", "place needs devices")
+        if not program.carved:
+            raise ContractError("contract", "place needs routed FFNs, and there is none")
+
+    def call(self, program: Program, context: Context) -> PlaceMetrics:
+        """Trace, place and score."""
+        c = self.config
+        devices = read_devices(c.devices)
+        settings = PlaceSettings(c.objective, c.seconds, c.replicas, c.solver)
+        sizes = sizes_of(program, context.bits)
+        batches = limit_batches(context.stream or context.batches, c.tokens)
+        with as_emitted(program):
+            trace = collect_trace(program, list(context.progress(batches, self.name)))
+        to_place, to_score = trace.halves()
+        problem = sizes.problem(devices, to_place, context=c.context, batch=c.batch)
+        placed = place(problem, settings)
+        program.notes["placement"], program.notes["trace"] = placed, trace
+        program.notes["sizes"] = sizes
+        scored = sizes.problem(devices, to_score, context=c.context, batch=c.batch)
+        homes: Homes = [np.array(placed.home(i)) for i in range(len(placed.layers))]
+        count = len(devices)
+        turns: Homes = [np.arange(len(h)) % count for h in homes]
+        loads = to_score.loads()
+        return PlaceMetrics(
+            placed.objective,
+            placed.value,
+            placed.bound,
+            placed.gap,
+            placed.seconds,
+            {"placed": _scores(scored, homes), "round-robin": _scores(scored, turns)},
+            scored.memory(homes),
+            {
+                n: float(sum(p[h == d].sum() for p, h in zip(loads, homes, strict=True)))
+                for d, n in enumerate(devices.names)
+            },
+        )
+
+
+def _scores(problem: Problem, homes: Homes) -> dict[str, float]:
+    return {name: score(problem, homes) for name, score in OBJECTIVES.items()}
