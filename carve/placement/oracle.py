@@ -73,9 +73,9 @@ class Oracle:
             priced = value + used @ prices
             if room is not None:
                 priced = np.where((used <= room + 1e-6).all(1), priced, np.inf)
-            i = int(np.argmin(priced))
-            if priced[i] == np.inf:
+            if not np.isfinite(priced).any():
                 return None, np.inf
+            i = int(np.argmin(priced))
             return Column(held[i], float(value[i]), used[i]), float(priced[i])
         return self._search(layer, prices, seconds, room, start)
 
