@@ -32,7 +32,7 @@ def plan(
     """
     described = read_devices(devices)
     sizes, trace = (
-        _of_artifact(path) if (path / MANIFEST).is_file() else _of_model(path, budget, bits)
+        of_artifact(path) if (path / MANIFEST).is_file() else _of_model(path, budget, bits)
     )
     problem = sizes.problem(described, trace, context=settings.context, batch=settings.batch)
     placed = place(
@@ -52,7 +52,12 @@ def plan(
     }
 
 
-def _of_artifact(path: Path) -> tuple[Sizes, Trace]:
+def of_artifact(path: Path) -> tuple[Sizes, Trace]:
+    """Sizes and trace that an artifact holds.
+
+    Raises:
+        UserError: it holds none, or they cannot be trusted.
+    """
     from carve_runtime.manifest import read_manifest, resolve_inside
 
     from carve.checkpoint import read_json

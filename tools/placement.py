@@ -31,6 +31,7 @@ from carve.placement.devices import Devices, parse_devices, read_devices
 from carve.placement.place import METHODS, PlaceSettings, place
 from carve.placement.problem import OBJECTIVES, Homes, Problem
 from carve.placement.trace import Trace
+from carve.plan import of_artifact
 from carve.report import table
 
 DEVICES = {
@@ -92,13 +93,9 @@ def synthetic(name: str, memory: float, seed: int, batch: int) -> tuple[Problem,
     return halves[0], halves[1]
 
 
-def of_artifact(folder: Path, devices: Path, batch: int) -> tuple[Problem, Problem]:
+def real(folder: Path, devices: Path, batch: int) -> tuple[Problem, Problem]:
     """The same of a conversion's own trace."""
-    from carve.plan import SIZES as SIZES_FILE
-    from carve.plan import TRACE, Sizes, read_json
-
-    trace = Trace.read(folder / TRACE)
-    sizes = Sizes.parse(read_json(folder / SIZES_FILE), trace)
+    sizes, trace = of_artifact(folder)
     described = read_devices(devices)
     a, b = (sizes.problem(described, h, context=256, batch=batch) for h in trace.halves())
     return a, b
@@ -152,7 +149,7 @@ def main() -> None:
     if args.artifact:
         if not args.devices:
             a.error("--artifact needs --devices")
-        first, second = of_artifact(args.artifact, args.devices, args.batch)
+        first, second = real(args.artifact, args.devices, args.batch)
         rows += rows_of(args.artifact.name, first, second, METHODS, args.seconds)
     else:
         for name in SIZES:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from carve.placement.affinity import counts_by_speed, forward_assignment
+from carve.placement.affinity import forward_assignment
+from carve.placement.counts import counts_by_speed
 from carve.placement.problem import Homes, Problem
 
 

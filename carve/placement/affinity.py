@@ -8,77 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import pulp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from scipy.optimize import linear_sum_assignment, linprog  # type: ignore[import-untyped]
+from scipy.sparse import csr_array, vstack  # type: ignore[import-untyped]
 
 from carve.errors import UserError
 from carve.placement.chain import MOST_STATES, best_chain, states_of
+from carve.placement.counts import Counts
 from carve.placement.layered import held_by
 from carve.placement.problem import Array, Homes, Problem, hops
 from carve.placement.search import Found
 from carve.placement.solver import solve
-
-Counts = NDArray[np.intp]
-
-
-def equal_counts(problem: Problem) -> list[Counts]:
-    """The same number of experts on every device, layer by layer (ExFlow, arXiv 2401.08383).
-
-    Raises:
-        UserError: the experts of a layer cannot be dealt out evenly, or memory does not hold it.
-    """
-    count = len(problem.devices)
-    for name, size in zip(problem.trace.layers, problem.nbytes, strict=True):
-        if len(size) % count:
-            raise UserError(
-                "infeasible",
-                f"{name}: {len(size)} experts cannot be dealt out evenly to {count} devices",
-                "choose another objective, or num_experts",
-            )
-    return [np.full(count, len(size) // count) for size in problem.nbytes]
-
-
-def counts_by_speed(problem: Problem) -> list[Counts]:
-    """Experts of each layer on each device: in proportion to its bandwidth, within memory.
-
-    Bandwidth, for that bounds one token. Where memory is short the rest goes to those with room.
-
-    Raises:
-        UserError: nothing fits; see `Problem.check`.
-    """
-    problem.check()
-    speed = np.array([d.bandwidth for d in problem.devices.devices])
-    room = problem.caps.copy()
-    counts = []
-    for i, size in enumerate(problem.nbytes):
-        largest = float(size.max())
-        # What each device may take of this layer, if it shares its room with the layers to come.
-        later = sum(float(b.sum()) for b in problem.nbytes[i:])
-        fair = np.floor(room / later * len(size) + 1e-9)
-        most = np.floor(np.maximum(room, 0) / largest)
-        want = _rounded(speed / speed.sum() * len(size), len(size))
-        held = np.minimum(np.minimum(want, fair), most)
-        while held.sum() < len(size):
-            free = np.where(held < most, room - held * largest, -np.inf)
-            d = int(np.argmax(free))
-            if free[d] < largest:
-                raise UserError(
-                    "infeasible",
-                    f"{problem.trace.layers[i]}: no device has room left for an expert of "
-                    f"{largest:.0f} bytes",
-                    "add memory, or choose throughput or latency, which pack more tightly",
-                )
-            held[d] += 1
-        counts.append(held.astype(np.intp))
-        room -= held * largest
-    return counts
-
-
-def _rounded(parts: Array, total: int) -> Array:
-    """Whole numbers of that total, by largest remainder."""
-    whole: Array = np.floor(parts)
-    rest = np.argsort(whole - parts)[: total - int(whole.sum())]
-    whole[rest] += 1
-    return whole
 
 
 def forward_assignment(problem: Problem, counts: Sequence[Counts]) -> Homes:
@@ -160,10 +99,10 @@ def affinity(
         UserError: the counts do not fit into memory.
     """
     began = time.monotonic()
-    known = 0.0
+    known = matching_bound(problem, counts)
     if max(states_of(c) for c in counts) <= MOST_STATES:
         homes = best_chain(problem, counts)
-        known = hops(problem, homes)
+        known = hops(problem, homes)  # without memory: a bound with it
         if problem.fits(homes):
             return Found(homes, known, known)
     homes = _first(problem, counts, seed, 24)
@@ -238,6 +177,31 @@ def affinity(
         )
     value = hops(problem, homes)
     return Found(homes, value, min(max(known, found.bound), value))
+
+
+def matching_bound(problem: Problem, counts: Sequence[Counts]) -> float:
+    """A lower bound on hops that costs milliseconds: each pair of layers alone.
+
+    An expert shares its device with ``max_d K_d`` of the next layer's at the most, and with as many
+    of the former's; ``sum_d K[l, d] K[l + 1, d]`` pairs share one in all. Which pairs those are is
+    a transport problem.
+    """
+    total = 0.0
+    for w, before, after in zip(problem.trace.transitions(), counts, counts[1:], strict=False):
+        rows, columns = w.shape
+        index = np.arange(rows * columns)
+        of_row = csr_array((np.ones(index.size), (index // columns, index)))
+        of_column = csr_array((np.ones(index.size), (index % columns, index)))
+        found = linprog(
+            -w.ravel(),
+            vstack([of_row, of_column]),
+            np.r_[np.full(rows, after.max()), np.full(columns, before.max())],
+            np.ones((1, index.size)),
+            [float(before @ after)],
+            bounds=(0, 1),
+        )
+        total += float(w.sum()) + (float(found.fun) if found.status == 0 else -float(w.sum()))
+    return total
 
 
 def _alike(problem: Problem, counts: Sequence[Counts]) -> bool:

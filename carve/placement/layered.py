@@ -10,7 +10,7 @@ import numpy as np
 import pulp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from carve.placement.problem import Problem, layer_busy, layer_latency
+from carve.placement.problem import Array, Problem, layer_busy, layer_latency
 
 Variables = list[list[Any]]
 """``x[e][d]``: whether a device holds an expert."""
@@ -61,16 +61,17 @@ def latency_layer(problem: Problem, layer: int, model: pulp.LpProblem) -> LayerM
 
     ``t_S >= base_d + sum_(e in S) single[e, d] x[e, d] + trip_d u[S, d]`` for every device ``d``;
     ``u[S, d] >= x[e, d]`` for all ``e`` in ``S``.
-    Beyond `MOST_SETS` the rarest sets are left out, so that the programme stays a lower bound.
+    Of the sets beyond `MOST_SETS`, the rarest, each counts with what it costs at the least.
     """
     x = _placed(problem, layer, model)
     scale = scale_of(problem, "latency")
     single, base = problem.single[layer] / scale, problem.single_base[layer] / scale
     trip = problem.trip / scale
     sets, share = problem.sets[layer]
-    most = np.argsort(-share)[:MOST_SETS]
-    sets, share = sets[most], share[most]
-    total = []
+    order = np.argsort(-share)
+    rare = order[MOST_SETS:]
+    total = [float(share[rare] @ _least(single, base, trip, sets[rare]))]
+    sets, share = sets[order[:MOST_SETS]], share[order[:MOST_SETS]]
     for s, (members, p) in enumerate(zip(sets, share, strict=True)):
         chosen = np.flatnonzero(members)
         t = pulp.LpVariable(f"t_{layer}_{s}", lowBound=float(base.max()))
@@ -84,6 +85,15 @@ def latency_layer(problem: Problem, layer: int, model: pulp.LpProblem) -> LayerM
                 work.append(float(trip[d]) * u)
             model += t >= float(base[d]) + pulp.lpSum(work)
     return LayerModel(pulp.lpSum(total), x)
+
+
+def _least(single: Array, base: Array, trip: Array, sets: NDArray[np.bool_]) -> Array:
+    """``[S]`` a bound on each set's time: all on the host, or one expert at least elsewhere."""
+    home = sets @ single[:, 0] + base[0]
+    away = (single[:, 1:] + trip[1:]).min(1, initial=np.inf)
+    one = np.where(sets, away, np.inf).min(1, initial=np.inf)
+    least: Array = np.minimum(home, np.maximum(one, base[0]))
+    return least
 
 
 def scale_of(problem: Problem, objective: str) -> float:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from carve.config import nearest
 from carve.errors import UserError
-from carve.placement.affinity import affinity, counts_by_speed, equal_counts
+from carve.placement.affinity import affinity
+from carve.placement.counts import counts_by_speed, equal_counts
 from carve.placement.moetuner import moetuner
 from carve.placement.problem import OBJECTIVES, Problem
 from carve.placement.replicas import Held, replicate

@@ -69,16 +69,14 @@ def solve(
     status = model.solverModel.getModelStatus().name
     # A time limit during presolve leaves no solution, and PuLP then reports zeros as one.
     found = info.primal_solution_status == 2 and status != "kInfeasible"
-    value = float(info.objective_function_value) if found else None
+    constant = float(model.objective.constant or 0.0)
+    value = float(info.objective_function_value) + constant if found else None
     if relaxed:
         optimal = status == "kOptimal"
         return Solved(
             value, value if optimal and value is not None else -math.inf, not _none(status)
         )
-    bound = float(info.mip_dual_bound)
-    constant = float(model.objective.constant or 0.0)
-    value = None if value is None else value + constant
-    return Solved(value, bound + constant, not _none(status))
+    return Solved(value, float(info.mip_dual_bound) + constant, not _none(status))
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from carve.errors import UserError
-from carve.placement.affinity import affinity, counts_by_speed, equal_counts, improve
+from carve.placement.affinity import affinity, improve, matching_bound
 from carve.placement.chain import best_chain
+from carve.placement.counts import counts_by_speed, equal_counts
 from carve.placement.devices import Device, Devices, Link
 from carve.placement.layered import LAYERED
 from carve.placement.oracle import Oracle
@@ -148,6 +149,7 @@ def test_the_chain_is_the_best_of_all_and_the_programme_agrees() -> None:
         h for h in every_placement(problem) if all(np.bincount(x, minlength=2)[0] == 2 for x in h)
     ]
     best = min(hops(problem, h) for h in even)
+    assert 0 < matching_bound(problem, counts) <= best
     assert hops(problem, homes) == pytest.approx(best)
     assert hops(problem, improve(problem, even[0], counts)) >= best - 1e-9
     # One device too small for what the chain would put there: the programme has to step in.
