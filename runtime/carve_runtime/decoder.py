@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carve_runtime.engine import Engine, value
+from carve_runtime.engine import Runner, value
 from carve_runtime.errors import ArtifactError, RequestError
 from carve_runtime.gates import BARS, SCORES, SHIFT, Gates, GateStats
 from carve_runtime.manifest import ModelInfo
@@ -17,7 +17,7 @@ _FIRST_CAPACITY = 256
 _SHRINK_FROM = 64
 
 
-def check_decoder(engine: Engine, info: ModelInfo) -> None:
+def check_decoder(engine: Runner, info: ModelInfo) -> None:
     """Check that a graph has the inputs and outputs that a decoder's manifest promises.
 
     Raises:
@@ -77,7 +77,7 @@ class Session:
     """
 
     def __init__(
-        self, engine: Engine, info: ModelInfo, *, gates: str = "token", stats: bool = False
+        self, engine: Runner, info: ModelInfo, *, gates: str = "token", stats: bool = False
     ) -> None:
         self._engine, self._info = engine, info
         self._gates = Gates(info.gates, gates)

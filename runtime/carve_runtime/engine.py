@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
@@ -51,6 +52,34 @@ def _ports(args: Sequence[Any]) -> dict[str, Port]:
         )
         for arg in args
     }
+
+
+class Runner(Protocol):
+    """What `carve_runtime.Model` runs, in one session or in many."""
+
+    inputs: dict[str, Port]
+    outputs: dict[str, Port]
+    optional: dict[str, Port]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """See `Engine.run`."""
+        ...
+
+    def run_values(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """See `Engine.run_values`."""
+        ...
+
+    def binding(self) -> Any:
+        """See `Engine.binding`."""
+        ...
+
+    def run_bound(self, binding: Any, *, shrink: bool) -> None:
+        """See `Engine.run_bound`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what does not end by itself."""
+        ...
 
 
 class Engine:
@@ -100,10 +129,7 @@ class Engine:
             RequestError: ``inputs`` when the names are not the graph's, or onnxruntime refuses
                 the values.
         """
-        if feeds.keys() != self.inputs.keys():
-            raise RequestError(
-                "inputs", f"the model takes {sorted(self.inputs)}, not {sorted(feeds)}"
-            )
+        check_feeds(self, feeds)
         try:
             return list(self._session.run(None, dict(feeds)))
         except Exception as error:  # its exceptions have no common base
@@ -124,6 +150,9 @@ class Engine:
         """A new IOBinding of this session."""
         return self._session.io_binding()
 
+    def close(self) -> None:
+        """Nothing to do: memory goes with the session."""
+
     def run_bound(self, binding: Any, *, shrink: bool) -> None:
         """Run a binding; ``shrink`` then gives the arena's free memory back.
 
@@ -134,6 +163,68 @@ class Engine:
             self._session.run_with_iobinding(binding, self._shrink if shrink else None)
         except Exception as error:
             raise _failed(error) from error
+
+
+def check_feeds(engine: Runner, feeds: Mapping[str, Any]) -> None:
+    """Compare the names of feeds with the model's inputs.
+
+    Raises:
+        RequestError: ``inputs`` when they differ.
+    """
+    if feeds.keys() != engine.inputs.keys():
+        raise RequestError(
+            "inputs", f"the model takes {sorted(engine.inputs)}, not {sorted(feeds)}"
+        )
+
+
+class ExpertSession:
+    """One expert: a small graph with the tensors of one of many.
+
+    onnxruntime copies what it rearranges for its kernels and then lets go of the given array; what
+    it leaves as it is, it reads from the array, which it keeps.
+
+    Args:
+        graph: the serialized graph, which names its tensors as external data.
+        folder: where external data that is not given would lie.
+        tensors: the graph's tensors by name.
+
+    Raises:
+        ArtifactError: ``model`` when onnxruntime refuses them.
+    """
+
+    def __init__(self, graph: bytes, folder: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # Experts run side by side in threads of the caller; a pool for each would be hundreds.
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
+        try:
+            options.add_external_initializers(list(tensors), [value(a) for a in tensors.values()])
+            self._session = ort.InferenceSession(
+                graph, options, providers=list(PROVIDERS["onnx-cpu"])
+            )
+        except Exception as error:
+            raise ArtifactError(
+                "model",
+                f"onnxruntime {ort.__version__} cannot load an expert: {error}",
+                "upgrade onnxruntime, or compile the model again with carve",
+            ) from error
+
+    def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The expert's result ``[n, d]`` for rows ``x`` ``[n, d]``.
+
+        Raises:
+            CarveRuntimeError: ``run`` when onnxruntime fails.
+        """
+        try:
+            y: NDArray[np.float32] = self._session.run(["y"], {"x": x})[0]
+        except Exception as error:
+            raise _failed(error) from error
+        return y
 
 
 def _failed(error: Exception) -> CarveRuntimeError:

@@ -21,7 +21,7 @@ class ArtifactError(CarveRuntimeError):
     """The artifact directory is missing, damaged, unsafe, or not for this runtime.
 
     Codes: ``not-found``, ``bad-manifest``, ``schema``, ``unsafe-path``, ``unlisted-file``,
-    ``hash-mismatch``, ``target``, ``model`` and ``tokenizer``.
+    ``hash-mismatch``, ``target``, ``model``, ``placement`` and ``tokenizer``.
     """
 
 
@@ -29,5 +29,5 @@ class RequestError(CarveRuntimeError, ValueError):
     """The artifact is sound, but it cannot serve this request.
 
     Codes: ``kind``, ``context-length``, ``empty-prompt``, ``token-id``, ``no-tokenizer``,
-    ``no-pooling``, ``inputs`` and ``argument``.
+    ``no-pooling``, ``inputs``, ``memory`` and ``argument``.
     """

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from carve_runtime.decoder import Session, check_decoder, check_ids
-from carve_runtime.engine import PROVIDERS, Engine
+from carve_runtime.engine import PROVIDERS, Engine, Runner
 from carve_runtime.errors import ArtifactError, RequestError
 from carve_runtime.gates import GateStats
 from carve_runtime.manifest import (
@@ -25,9 +25,13 @@ from carve_runtime.manifest import (
     read_manifest,
     resolve_inside,
 )
+from carve_runtime.residency import ExpertStats
 from carve_runtime.sampling import Sampler
+from carve_runtime.sizes import parse_bytes
 from carve_runtime.text import Detokenizer, StopFilter
 
+SPLIT = "onnx-split"
+USABLE = (*PROVIDERS, SPLIT)
 TOKENIZER_NAME = "tokenizer.json"
 # The graph gives logits for every token of a prompt, of which generation needs the last row:
 # a long prompt is fed in parts whose logits stay below this.
@@ -63,43 +67,87 @@ class Generation:
 def load(
     path: str | os.PathLike[str],
     *,
-    target: str = "onnx-cpu",
+    target: str | None = None,
     threads: int | None = None,
     verify: bool = True,
+    memory: int | str | None = None,
+    shards: int | str | os.PathLike[str] | None = None,
+    policy: str = "lfu",
+    prefetch: bool = True,
 ) -> Model:
     """Check an artifact directory and load one of its targets.
 
     Args:
         path: the directory that carve wrote.
-        target: which of the manifest's targets to load.
+        target: which of the manifest's targets to load; by default ``onnx-split`` where ``memory``
+            or ``shards`` is given, else ``onnx-cpu`` where there is one.
         threads: threads of one operator; None lets onnxruntime take every core.
         verify: compare every file's SHA-256 with the manifest. Without it the paths are still
             checked, but the content is trusted.
+        memory: most bytes for the model's weights as they lie in memory, for example ``300MB``:
+            experts that do not fit are read when they are needed.
+        shards: run the experts in so many processes, this one included: as the artifact's
+            ``placement.json`` has it where that is for so many devices, else in equal parts. Or
+            the path of a placement.
+        policy: which expert goes when another needs its room: ``lfu`` or ``lru``.
+        prefetch: read the experts that a layer will probably take before it is reached.
 
     Raises:
         ArtifactError: when the directory is missing, damaged or unsafe, see its codes.
-        RequestError: ``argument`` when ``threads`` is below 1.
+        RequestError: ``argument`` when ``threads`` is below 1 or the arguments do not go together,
+            ``memory`` when the budget is below the least that works.
+        CarveRuntimeError: ``shard`` when a process cannot load its experts.
     """
     if threads is not None and threads < 1:
         raise RequestError("argument", f"threads must be >= 1: {threads}")
     manifest = read_manifest(path)
     root = Path(path).resolve()
-    if target not in manifest.targets or target not in PROVIDERS:
-        usable = sorted(manifest.targets.keys() & PROVIDERS.keys())
+    budget = None if memory is None else parse_bytes(memory, "memory")
+    split = budget is not None or shards is not None
+    name = target or _default_target(manifest, split)
+    if name not in manifest.targets or name not in USABLE:
+        usable = sorted(manifest.targets.keys() & set(USABLE))
         raise ArtifactError(
             "target",
-            f"{root} has no target {target!r} that this runtime can run",
-            f"usable targets: {', '.join(usable) or 'none'}",
+            f"{root} has no target {name!r} that this runtime can run",
+            f"usable targets: {', '.join(usable) or 'none'}"
+            + ("; memory and shards need onnx-split (carve convert --target)" if split else ""),
         )
+    if split and name != SPLIT:
+        raise RequestError("argument", f"memory and shards need the target {SPLIT}, not {name}")
     check_files(root, manifest, verify=verify)
-    graph = check_model_folder(root, manifest, manifest.targets[target])
+    graph = check_model_folder(root, manifest, manifest.targets[name])
     tokenizer, pad = None, 0
     if TOKENIZER_NAME in manifest.files:
         tokenizer, pad = _load_tokenizer(resolve_inside(root, TOKENIZER_NAME), manifest)
-    engine = Engine(graph, target, threads)
-    if manifest.kind == "decoder":
-        check_decoder(engine, manifest.model)
+    engine: Runner
+    if name == SPLIT:
+        from carve_runtime.load_split import load_split
+
+        engine = load_split(
+            root,
+            manifest,
+            manifest.targets[name].model,
+            threads=threads,
+            memory=budget,
+            shards=shards,
+            policy=policy,
+            prefetch=prefetch,
+        )
+    else:
+        engine = Engine(graph, name, threads)
+    try:
+        if manifest.kind == "decoder":
+            check_decoder(engine, manifest.model)
+    except BaseException:
+        engine.close()
+        raise
     return Model(manifest, engine, tokenizer, pad)
+
+
+def _default_target(manifest: Manifest, split: bool) -> str:
+    monolithic = next(iter(PROVIDERS))
+    return SPLIT if split or monolithic not in manifest.targets else monolithic
 
 
 def _load_tokenizer(path: Path, manifest: Manifest) -> tuple[Tokenizer, int]:
@@ -129,13 +177,29 @@ class Model:
     """
 
     def __init__(
-        self, manifest: Manifest, engine: Engine, tokenizer: Tokenizer | None, pad: int
+        self, manifest: Manifest, engine: Runner, tokenizer: Tokenizer | None, pad: int
     ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.max_length = manifest.model.max_length
         self._engine = engine
         self._pad = pad
+
+    @property
+    def expert_stats(self) -> ExpertStats | None:
+        """What a split model found in memory, read and predicted; None for any other."""
+        experts = getattr(self._engine, "experts", None)
+        return None if experts is None else experts.stats
+
+    def close(self) -> None:
+        """End the processes and threads that a split model has; it cannot be used afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _require(self, kind: Kind, what: str) -> None:
         if self.manifest.kind != kind:

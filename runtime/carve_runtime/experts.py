@@ -1,0 +1,198 @@
+"""Experts of a split model, run where their bytes are: the sum is the same wherever that is."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carve_runtime.engine import ExpertSession
+from carve_runtime.errors import ArtifactError
+from carve_runtime.heap import heap_bytes
+from carve_runtime.index import Key, SplitIndex
+from carve_runtime.residency import ExpertStats, Residency
+
+Rows = NDArray[np.float32]
+
+
+class Experts(Protocol):
+    """Where the experts of a model run."""
+
+    predicts: bool
+    """Whether `expect` is worth calling."""
+
+    def run(self, layer: int, x: Rows, routes: Rows) -> Rows:
+        """Sum over a layer's experts.
+
+        Args:
+            layer: its number.
+            x: ``[n, d]``.
+            routes: ``[n, E]``, not 0 where a row takes an expert.
+
+        Returns:
+            ``[n, d]``: each row the sum of its experts' results, in the order of the experts.
+        """
+        ...
+
+    def expect(self, layer: int, scores: Rows) -> None:
+        """Say what a layer's scores will be, before it is reached: ``[n, E]``."""
+        ...
+
+    @property
+    def stats(self) -> ExpertStats:
+        """What was found, read and predicted."""
+        ...
+
+    def close(self) -> None:
+        """End processes and threads."""
+        ...
+
+
+def chosen_rows(routes: Rows) -> list[tuple[int, NDArray[np.intp]]]:
+    """Each chosen expert of ``routes`` ``[n, E]`` with its rows, in order."""
+    return [(int(e), np.flatnonzero(routes[:, e])) for e in np.flatnonzero(routes.any(0))]
+
+
+def summed(x: Rows, results: Iterable[tuple[NDArray[np.intp], Rows]]) -> Rows:
+    """``[n, d]`` zeros with every expert's rows added, in the order they come."""
+    y = np.zeros_like(x)
+    for rows, out in results:
+        y[rows] += out
+    return y
+
+
+class ExpertFile:
+    """Makes sessions from ranges of ``experts.bin``; safe to share between threads."""
+
+    def __init__(self, index: SplitIndex) -> None:
+        self.index = index
+        self._graphs = [form.model.read_bytes() for form in index.forms]
+        self._costs: dict[int, int] = {}
+
+    def load(self, key: Key) -> ExpertSession:
+        """Read an expert and make its session.
+
+        Raises:
+            ArtifactError: ``model`` when the file is shorter than it was, or is refused.
+        """
+        place = self.index.experts[key]
+        form = self.index.forms[place.form]
+        tensors = {}
+        # An array each: onnxruntime keeps some of them, and a shared one would live with those.
+        for t in form.tensors:
+            count = math.prod(t.shape)
+            data = np.fromfile(self.index.data, t.dtype, count, offset=place.offset + t.offset)
+            if data.size != count:
+                raise ArtifactError("model", f"expert {key} ends beyond {self.index.data}")
+            tensors[t.name] = data.reshape(t.shape)
+        return ExpertSession(self._graphs[place.form], self.index.folder, tensors)
+
+    def cost(self, key: Key) -> int:
+        """Bytes of memory that an expert takes once loaded, measured once for each form."""
+        form = self.index.experts[key].form
+        if form not in self._costs:
+            before = heap_bytes()
+            session = self.load(key)
+            self._costs[form] = max(self.index.size(key), heap_bytes() - before)
+            del session
+        return self._costs[form]
+
+
+class LocalExperts:
+    """Experts of this process, all or as many as fit.
+
+    Args:
+        file: their weights.
+        keys: those of this process, the hottest first.
+        budget: bytes for resident ones; None for all.
+        policy: see `carve_runtime.residency.Residency`.
+        prefetch: load what is expected.
+        threads: how many experts run at once.
+    """
+
+    def __init__(
+        self,
+        file: ExpertFile,
+        keys: Sequence[Key],
+        *,
+        budget: int | None = None,
+        policy: str = "lfu",
+        prefetch: bool = True,
+        threads: int = 1,
+    ) -> None:
+        self._file = file
+        index = file.index
+        self.predicts = prefetch and budget is not None
+        self._residency = Residency(
+            file.load,
+            {key: 0 if budget is None else file.cost(key) for key in keys},
+            {key: index.size(key) for key in keys},
+            budget=budget,
+            policy=policy,
+            hotness={key: index.experts[key].hotness for key in keys},
+        )
+        self._pool = ThreadPoolExecutor(threads, "carve-expert") if threads > 1 else None
+        self._expected = threading.local()
+        self._residency.fill(keys)
+
+    @property
+    def stats(self) -> ExpertStats:
+        """What was found, read and predicted."""
+        return self._residency.stats
+
+    def expect(self, layer: int, scores: Rows) -> None:
+        """Start to load the experts that ``scores`` ``[n, E]`` would choose."""
+        info = self._file.index.layers[layer]
+        # Where the k-th score is repeated, one more is loaded, which does no harm.
+        least = np.partition(scores, -info.top_k, axis=1)[:, -info.top_k, None]
+        likely = scores >= least
+        if info.dynamic:
+            likely &= scores > 0
+        keys = [(layer, int(e)) for e in np.flatnonzero(likely.any(0))]
+        self._expected.keys = layer, frozenset(keys)
+        self._residency.prefetch(keys)
+
+    def run(self, layer: int, x: Rows, routes: Rows) -> Rows:
+        """See `Experts.run`."""
+        return summed(x, self.each(layer, x, chosen_rows(routes)))
+
+    def each(
+        self, layer: int, x: Rows, chosen: Sequence[tuple[int, NDArray[np.intp]]]
+    ) -> list[tuple[NDArray[np.intp], Rows]]:
+        """The results of chosen experts, in the order of ``chosen``."""
+        keys = [(layer, e) for e, _ in chosen]
+        at, expected = getattr(self._expected, "keys", (None, None))
+        resident = self._residency.want(keys, len(x), expected if at == layer else None)
+        rows = {(layer, e): r for e, r in chosen}
+        # What is there runs while the rest is read.
+        order = sorted(keys, key=lambda key: key not in resident)
+
+        def one(key: Key) -> Rows:
+            with self._residency.use(key) as session:
+                return session.run(x[rows[key]])
+
+        try:
+            if self._pool is None or len(order) < 2:
+                found = {key: one(key) for key in order}
+            else:
+                found = dict(zip(order, self._pool.map(one, order), strict=True))
+        finally:
+            self._residency.done()
+        return [(rows[key], found[key]) for key in keys]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._residency.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+
+
+def hottest_first(index: SplitIndex) -> list[Key]:
+    """Every expert, in the order of the file."""
+    places: Mapping[Key, int] = {key: p.offset for key, p in index.experts.items()}
+    return sorted(places, key=lambda key: places[key])
