@@ -80,7 +80,26 @@ def _parser() -> argparse.ArgumentParser:
         default="token",
         help="who decides what is skipped: every token (default), the prompt, or nobody",
     )
-    c.add_argument("--stats", action="store_true", help="what the skip gates really skipped")
+    c.add_argument(
+        "--memory", help="most bytes of weights in memory, for example 300MB (needs onnx-split)"
+    )
+    c.add_argument(
+        "--shards",
+        type=lambda text: int(text) if text.isdigit() else text,
+        help="run the experts in so many processes, or as a placement file says (needs onnx-split)",
+    )
+    c.add_argument(
+        "--policy",
+        choices=("lfu", "lru"),
+        default="lfu",
+        help="with --memory, what goes: experts chosen least of late (default) or least recently",
+    )
+    c.add_argument("--no-prefetch", action="store_true", help="read experts only when reached")
+    c.add_argument(
+        "--stats",
+        action="store_true",
+        help="what the skip gates really skipped, and what experts were found in memory",
+    )
 
     c = command("eval", "quality of an artifact beside its dense original, in its own engine")
     c.add_argument("artifact")
@@ -239,27 +258,35 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     import carve_runtime
 
-    model = carve_runtime.load(args.artifact, threads=args.threads)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    stream = model.stream(
-        prompt,
-        max_new_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        gates=args.gates,
-        stats=args.stats,
-    )
-    while True:
-        try:
-            piece = next(stream)
-        except StopIteration as end:
-            done = end.value
-            break
-        if not args.json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    with carve_runtime.load(
+        args.artifact,
+        threads=args.threads,
+        memory=args.memory,
+        shards=args.shards,
+        policy=args.policy,
+        prefetch=not args.no_prefetch,
+    ) as model:
+        stream = model.stream(
+            prompt,
+            max_new_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            gates=args.gates,
+            stats=args.stats,
+        )
+        while True:
+            try:
+                piece = next(stream)
+            except StopIteration as end:
+                done = end.value
+                break
+            if not args.json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        experts = model.expert_stats if args.stats else None
     if not args.json:
         _out("")
         sys.stderr.write(
@@ -267,12 +294,16 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             f"{done.tokens_per_s:.1f} tokens/s\n"
         )
     stats = done.gate_stats
-    if stats is not None and not args.json:
-        from carve.report import gate_table
+    if not args.json and (stats is not None or experts is not None):
+        from carve.report import figures, gate_table
 
-        sys.stderr.write(gate_table(stats.as_dict()) + "\n")
+        if stats is not None and (stats.as_dict()["blocks"] or experts is None):
+            sys.stderr.write(gate_table(stats.as_dict()) + "\n")
+        if experts is not None:
+            sys.stderr.write(figures(experts.as_dict()) + "\n")
     return {
         **({} if stats is None else {"gates": stats.as_dict()}),
+        **({} if experts is None else {"experts": experts.as_dict()}),
         "text": done.text,
         "tokens": len(done.token_ids),
         "tokens_per_s": done.tokens_per_s,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,7 +33,7 @@ PASS_NAMES = (
     "place",
 )
 EFFORTS = ("none", "layer", "full")
-TARGETS = ("onnx-cpu",)
+TARGETS = ("onnx-cpu", "onnx-split")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class ConvertConfig:
         size: most bytes of the model's files, for example ``40MB``; widths are chosen to fit.
         reads: most bytes of weights that a token reads on average, which is what decoding takes its
             time for; widths are chosen to fit.
-        targets: what to emit.
+        targets: what to emit: ``onnx-cpu``, one file; ``onnx-split``, experts one by one, which
+            fits devices smaller than the model, or several of them.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
@@ -77,7 +77,7 @@ class ConvertConfig:
     bits: int | float | str = 4
     size: str | None = None
     reads: str | None = None
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = TARGETS[:1]
     effort: str = "layer"
     skip: float | str = 0.0
     devices: str | None = None
@@ -132,6 +132,11 @@ def _check(c: ConvertConfig) -> None:
     for t in c.targets:
         if t not in TARGETS:
             raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")
+    if "onnx-split" in c.targets and (c.is_dense or c.skip):
+        what = "skip gates" if c.skip else "a model without routed FFNs"
+        raise UserError("target", f"onnx-split has no form of {what}", "leave one of them out")
+    if not c.targets:
+        raise UserError("target", "no target is given", f"known: {', '.join(TARGETS)}")
     if c.effort not in EFFORTS:
         raise UserError("config", f"unknown effort {c.effort!r}{nearest(str(c.effort), EFFORTS)}")
     if c.router == "analytical" and c.effort != "none" and not c.exact:
@@ -187,14 +192,13 @@ def parse_size(text: str, name: str) -> int:
     Raises:
         UserError: another form, or not positive.
     """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    value = 0.0
-    if found:
-        base = 1024 if found[3] else 1000
-        value = float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")
-    if value < 1:
-        raise UserError("config", f"{name} {text!r} is no size in bytes", "for example 40MB")
-    return int(value)
+    from carve_runtime.errors import RequestError
+    from carve_runtime.sizes import parse_bytes
+
+    try:
+        return parse_bytes(text, name)
+    except RequestError as e:
+        raise UserError("config", e.message, e.hint) from e
 
 
 def nearest(word: str, words: tuple[str, ...] | list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from carve.emulation import cpu_session
 from carve.errors import CarveError
 from carve.program import Program
 from carve.sites import FFNSite
+
+Run = Callable[[Path, Program, Sequence[tuple[Tensor, ...]]], list[list[Any]]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ def run_onnx(
     return [session.run(None, feeds_of(program, p, names)) for p in prompts]
 
 
+def run_split(
+    path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
+) -> list[list[Any]]:
+    """All results of a split model, whose index ``path`` is, for each prompt."""
+    from carve_runtime.experts import ExpertFile, LocalExperts, hottest_first
+    from carve_runtime.index import read_index
+    from carve_runtime.split import SplitEngine, Trunk
+
+    files = {p.name for p in path.parent.iterdir()}
+    index = read_index(path.parent.resolve(), files, path.name)
+    experts = LocalExperts(ExpertFile(index), hottest_first(index))
+    engine = SplitEngine(Trunk(index, None), experts)
+    try:
+        return [engine.run(feeds_of(program, p, list(engine.inputs))) for p in prompts]
+    finally:
+        engine.close()
+
+
 def routings(program: Program, inputs: Sequence[Tensor]) -> list[bytes]:
     """The experts that each token chose in all sites, as comparable bytes."""
     masks: list[Tensor] = []
@@ -85,7 +105,11 @@ def _jittered(precision: Precision) -> LinearRule:
 
 
 def check_parity(
-    program: Program, path: Path, prompts: Sequence[tuple[Tensor, ...]], bits: int
+    program: Program,
+    path: Path,
+    prompts: Sequence[tuple[Tensor, ...]],
+    bits: int,
+    run: Run = run_onnx,
 ) -> ParityMetrics:
     """Compare the emitted model with the program in the target's arithmetic.
 
@@ -95,11 +119,12 @@ def check_parity(
         prompts: program inputs; their routings have to differ from one another and from the
             example input's, else the check would not see a baked routing.
         bits: width that was emitted; the program runs in the kernels' own arithmetic at it.
+        run: gives the model's results, `run_onnx` or `run_split`.
 
     Raises:
         CarveError: the results differ, or the prompts do not exercise the router.
     """
-    got = run_onnx(path, program, prompts)
+    got = run(path, program, prompts)
     errors, floors, agree = [], [], []
     precision = Precision(program, bits)
     with linear_rule(precision.rule()):

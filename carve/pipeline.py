@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from carve.calibration import Batch
     from carve.passbase import Pass, PassResult, Progress
     from carve.program import Program
+    from carve.targets import Emission
 
 log = logging.getLogger(__name__)
 _WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize")
@@ -214,6 +215,7 @@ class _Conversion:
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
         from carve.realised import realised
+        from carve.targets import emit_targets
 
         program = self.program
         parameters = sum(p.numel() for p in program.module.parameters())
@@ -239,8 +241,10 @@ class _Conversion:
             shares = {"budget": 1.0, "ffn_active": 1.0, "skip": 0.0}
             skips = {}
         with art.staged(self.out) as stage:
-            emitted, emit_record = self._emit(stage, held)
-            report = self._report(results, emit_record, quality, shares, skips)
+            emitted = emit_targets(
+                program, self.config.targets, stage, self.config.nominal_bits, batches, held
+            )
+            report = self._report(results, emitted, quality, shares, skips)
             self._write(stage, emitted, report, folder)
             art.sync(stage)
         shutil.rmtree(self.state, ignore_errors=True)
@@ -277,34 +281,10 @@ class _Conversion:
             limits=_limits(c),
         )
 
-    def _emit(self, stage: Path, held: Sequence[Batch]) -> tuple[Any, dict[str, Any]]:
-        from carve.emit.onnx import emit
-        from carve.emulation import check_nodes
-        from carve.parity import check_parity, feeds_of
-        from carve.passbase import peak_rss_mb
-
-        began = time.monotonic()
-        (stage / "onnx").mkdir()
-        emitted = emit(self.program, stage / "onnx" / "model.onnx", self.config.nominal_bits)
-        prompts = [_head(self.program, b) for b in (held[0], held[len(held) // 2])]
-        parity = check_parity(self.program, emitted.path, prompts, self.config.nominal_bits)
-        nodes = check_nodes(
-            emitted.path,
-            feeds_of(self.program, prompts[0], [*self.program.inputs, "attention_mask"]),
-        )
-        record = {
-            "name": "emit onnx-cpu",
-            "seconds": round(time.monotonic() - began, 2),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-            "metrics": {"parity": asdict(parity), "emulation": asdict(nodes)},
-            "quality": None,
-        }
-        return emitted, record
-
     def _report(
         self,
         results: list[PassResult],
-        emitted: dict[str, Any],
+        emitted: dict[str, Emission],
         quality: dict[str, Any] | None,
         shares: dict[str, float],
         skips: dict[str, float],
@@ -324,14 +304,19 @@ class _Conversion:
             "effort": self.config.effort,
             "seconds": round(time.monotonic() - self.began, 1),
             "peak_rss_mb": round(peak_rss_mb(), 1),
-            "passes": [*(asdict(r) for r in results), emitted],
+            "passes": [*(asdict(r) for r in results), *(e.record for e in emitted.values())],
         }
 
     def _write(
-        self, stage: Path, emitted: Any, report: dict[str, Any], folder: Path | None
+        self,
+        stage: Path,
+        emitted: dict[str, Emission],
+        report: dict[str, Any],
+        folder: Path | None,
     ) -> None:
         from carve.checkpoint import TOKENIZER_FILES
         from carve.emit.genai import genai_config
+        from carve.targets import ONNX
 
         (stage / "passes").mkdir()
         for i, record in enumerate(report["passes"]):
@@ -341,18 +326,21 @@ class _Conversion:
         for name in TOKENIZER_FILES if folder is not None else ():
             if (folder / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(folder / name, stage / name)  # type: ignore[operator]
-        facts = model_facts(self.program, emitted.shared_cache, folder)
-        if self.program.kind == "decoder" and emitted.shared_cache:
+        shared_cache = all(e.shared_cache for e in emitted.values())
+        facts = model_facts(self.program, shared_cache, folder)
+        if self.program.kind == "decoder" and shared_cache and ONNX in emitted:
             art.write_json(stage / "genai_config.json", genai_config(self.program, facts))
         _write_placement(stage, self.program.notes)
-        size = sum(p.stat().st_size for p in (stage / "onnx").iterdir())
-        report["bytes"] = size
-        if self.config.size is not None and size > parse_size(self.config.size, "--size"):
-            raise CarveError(
-                "size",
-                f"the files came to {size} bytes, more than --size {self.config.size}",
-                "this is a defect of carve's estimate; ask for a little less and report it",
-            )
+        sizes = {n: _size(stage / e.folder) for n, e in emitted.items()}
+        report["bytes"] = next(iter(sizes.values()))
+        for name, size in sizes.items():
+            if self.config.size is not None and size > parse_size(self.config.size, "--size"):
+                raise CarveError(
+                    "size",
+                    f"the files of {name} came to {size} bytes, more than --size "
+                    f"{self.config.size}",
+                    "this is a defect of carve's estimate; ask for a little less and report it",
+                )
         art.write_json(stage / "report.json", report)
         manifest = {
             "schema": art.SCHEMA,
@@ -360,7 +348,7 @@ class _Conversion:
             "kind": self.program.kind,
             "source": self.source,
             "model": facts,
-            "targets": {"onnx-cpu": {"model": "onnx/model.onnx", "bits": self.config.nominal_bits}},
+            "targets": {n: {"model": e.model, "bits": e.bits} for n, e in emitted.items()},
             "files": art.hashes(stage),
         }
         art.write_json(stage / art.MANIFEST, manifest)
@@ -403,12 +391,8 @@ def _limits(config: ConvertConfig) -> dict[str, float]:
     return limits
 
 
-def _head(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tuple[Tensor, ...]:
-    """A small prompt from a held-out batch."""
-    if program.kind == "decoder":
-        ids, position = (t[:rows, :tokens].contiguous() for t in batch.inputs[:2])
-        return (ids, position, *program.empty_cache(len(ids)))
-    return tuple(t[:rows] for t in batch.inputs)
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir())
 
 
 def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> dict[str, Any]:

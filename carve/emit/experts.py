@@ -61,9 +61,7 @@ def _graph(r: RoutedFFN, e: int, grids: dict[str, list[Grid]] | None, p: Precisi
     """``y = FFN_e(x)`` for rows ``x`` ``[n, d]``, computed as the whole model's nodes would."""
     real, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["n", int(r.expert_up.shape[-1])])
     x = ir.Value(name="x", shape=shape, type=real)
-    graph = ir.Graph(
-        [x], [], nodes=[], opset_imports={"": 21, "com.microsoft": 1}, name="expert"
-    )
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 21, "com.microsoft": 1}, name="expert")
     model = ir.Model(graph, ir_version=10, producer_name="carve")
     b, at = Builder(model, p), []  # type: tuple[Builder, list[ir.Node]]
     if grids is None:
@@ -89,7 +87,12 @@ def _expert(r: RoutedFFN, e: int, grids: dict[str, list[Grid]] | None, p: Precis
             continue
         tensors.append(_Stored(name, at, content))
         value.const_value = ir.ExternalTensor(
-            FILE, at, content.nbytes, content.dtype, shape=value.shape, name=name  # type: ignore[arg-type]
+            FILE,
+            at,
+            content.nbytes,
+            content.dtype,
+            shape=ir.Shape(content.shape),
+            name=name,
         )
         at += _up(content.nbytes, _ALIGN)
     data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)

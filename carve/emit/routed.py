@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from carve.arithmetic import fused
-from carve.emit.builder import CONTRIB, Builder
+from carve.emit.builder import CONTRIB, Builder, Place
 from carve.emit.graph import replace
 from carve.ffn import RoutedFFN
 from carve.grid import Grid
@@ -231,9 +231,7 @@ def expert_grids(b: Builder, r: RoutedFFN) -> dict[str, list[Grid]] | None:
     return found
 
 
-def lower_routed(
-    b: Builder, node: ir.Node, name: str, r: RoutedFFN, rows: ir.Value | None
-) -> None:
+def lower_routed(b: Builder, node: ir.Node, name: str, r: RoutedFFN, rows: ir.Value | None) -> None:
     """One routed FFN; ``rows`` are its inputs where a gate stands before it."""
     d = r.expert_up.shape[-1]
     x = node.inputs[0]

@@ -38,7 +38,7 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
         CarveError: a node with a branch of its own, which cannot be cut through.
     """
     number = {m: k for k, m in enumerate(markers)}
-    stage: dict[ir.Value, int] = {v: -1 for v in graph.inputs}
+    stage: dict[ir.Value, int] = dict.fromkeys(graph.inputs, -1)
     found = [Segment([], {}, {}, {}) for _ in range(len(markers) + 1)]
     results = set(graph.outputs)
     for node in graph:
@@ -49,13 +49,10 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
         at = number[node] if node in number else max([0, *(stage[v] for v in moving)])
         segment = found[at]
         for v in moving:
-            made = stage[v]
-            if node in number and 0 <= made <= at:
-                found[made].outputs[v] = None
-            elif node not in number and made != at:
-                segment.inputs[v] = None
-                if 0 <= made < at and v.producer() not in number:
-                    found[made].outputs[v] = None
+            # What a marker reads is handed on even by the segment before it.
+            early = 0 <= stage[v] < at + (node in number)
+            if early and v.producer() not in number:
+                found[stage[v]].outputs[v] = None
         if node in number:
             stage[node.outputs[0]] = at + 1
             # A marker's result is no node's of the segment that reads it.
@@ -67,13 +64,9 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
             if v in results:
                 segment.outputs[v] = None
     for segment in found:
-        made = {v for n in segment.nodes for v in n.outputs}
-        for n in segment.nodes:
-            segment.inputs.update(
-                (v, None)
-                for v in n.inputs
-                if v is not None and v not in made and v not in segment.weights
-            )
+        own = {v for n in segment.nodes for v in n.outputs} | segment.weights.keys()
+        read = [v for n in segment.nodes for v in n.inputs if v is not None]
+        segment.inputs.update((v, None) for v in read if v not in own)
     return found
 
 
@@ -128,9 +121,7 @@ def write_segments(model: ir.Model, segments: Sequence[Segment], folder: Path) -
     return names
 
 
-def _model(
-    whole: ir.Model, segment: Segment, outside: dict[str, ir.ExternalTensor]
-) -> ir.Model:
+def _model(whole: ir.Model, segment: Segment, outside: dict[str, ir.ExternalTensor]) -> ir.Model:
     """A model of a segment's nodes, which are copied."""
     copies: dict[ir.Value, ir.Value] = {}
 

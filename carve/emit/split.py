@@ -20,8 +20,8 @@ from onnx_ir.passes import common as onnx_passes
 from carve.arithmetic import Precision
 from carve.artifact import write_json
 from carve.emit.builder import Builder
-from carve.emit.experts import PAGE, write_experts
-from carve.emit.graph import replace
+from carve.emit.experts import write_experts
+from carve.emit.graph import given, replace
 from carve.emit.lower import lower
 from carve.emit.routed import positive, router_scores, shared_expert
 from carve.emit.segments import cut, give_types, write_segments
@@ -48,11 +48,12 @@ class Predictor:
 
 @dataclass(frozen=True)
 class SplitEmitted:
-    """What `emit_split` wrote."""
+    """What `emit_split` wrote; ``sizes`` are an expert's bytes, by carved site and expert."""
 
     path: Path
     bits: int
     shared_cache: bool
+    sizes: list[list[int]]
 
 
 def check_split(program: Program) -> None:
@@ -66,9 +67,7 @@ def check_split(program: Program) -> None:
             "target", "onnx-split needs routed FFNs, and none is carved", "lower the budget"
         )
     if program.gated:
-        raise UserError(
-            "target", "onnx-split has no form of skip gates", "convert without --skip"
-        )
+        raise UserError("target", "onnx-split has no form of skip gates", "convert without --skip")
 
 
 def emit_split(
@@ -107,7 +106,7 @@ def emit_split(
         by_name = {s.name: (i, s.routed) for i, s in enumerate(program.carved)}
         for k, m in enumerate(markers):
             for value, name in ((m.inputs[0], "x"), (m.inputs[1], "routes"), (m.outputs[0], "y")):
-                value.name = f"{name}.{k}"
+                given(value).name = f"{name}.{k}"
         streams = [_stream(m) for m in markers]
         segments = cut(model.graph, markers)
         names = write_segments(model, segments, folder)
@@ -141,7 +140,10 @@ def emit_split(
     }
     write_json(folder / INDEX, index)
     shared = any(n.op_type == "GroupQueryAttention" for s in segments for n in s.nodes)
-    return SplitEmitted(folder / INDEX, bits, shared)
+    sizes = [[0] * s.routed.num_experts for s in program.carved if s.routed is not None]
+    for e in index["experts"]:
+        sizes[number[e["layer"]]][e["expert"]] = index["forms"][e["form"]]["size"]
+    return SplitEmitted(folder / INDEX, bits, shared, sizes)
 
 
 def _leave_experts_out(

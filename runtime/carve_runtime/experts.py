@@ -174,7 +174,8 @@ class LocalExperts:
 
         def one(key: Key) -> Rows:
             with self._residency.use(key) as session:
-                return session.run(x[rows[key]])
+                result: Rows = session.run(x[rows[key]])
+                return result
 
         try:
             if self._pool is None or len(order) < 2:

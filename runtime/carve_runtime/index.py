@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carve_runtime.errors import ArtifactError
-from carve_runtime.manifest import Manifest, check_relative_path, resolve_inside
+from carve_runtime.manifest import check_relative_path, resolve_inside
 
 SCHEMA = 1
 PAGE = 4096
 MAX_INDEX_BYTES = 64 * 1024 * 1024
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_TENSORS, _MAX_WIDTH = 4096, 65536, 64, 1 << 24
-_DTYPES = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
 _NAME = re.compile(r"[\w.\-/]{1,200}")
 Key = tuple[int, int]
 """Layer and expert."""
@@ -135,8 +135,8 @@ def _name(value: Any) -> str:
 class _Reader:
     """Resolves names of files beside the index, which the manifest has to list."""
 
-    def __init__(self, root: Path, manifest: Manifest, model: str) -> None:
-        self.root, self.files = root, manifest.files
+    def __init__(self, root: Path, files: Collection[str], model: str) -> None:
+        self.root, self.files = root, files
         self.base = model.rpartition("/")[0]
 
     def file(self, value: Any) -> Path:
@@ -147,13 +147,13 @@ class _Reader:
         return resolve_inside(self.root, path)
 
 
-def read_index(root: Path, manifest: Manifest, model: str) -> SplitIndex:
+def read_index(root: Path, files: Collection[str], model: str) -> SplitIndex:
     """Read and check an index.
 
     Args:
         root: the artifact directory, resolved.
-        manifest: its manifest.
-        model: the index's path in it.
+        files: the paths that its manifest lists.
+        model: the index's path among them.
 
     Raises:
         ArtifactError: ``model`` for whatever does not fit, ``unsafe-path`` or ``not-found``.
@@ -169,7 +169,7 @@ def read_index(root: Path, manifest: Manifest, model: str) -> SplitIndex:
         raise _bad(f"is not JSON: {str(error)[:200]}") from error
     _int(raw, "schema", SCHEMA, SCHEMA)
     _int(raw, "page", PAGE, PAGE)
-    reader = _Reader(root, manifest, model)
+    reader = _Reader(root, files, model)
     segments = tuple(reader.file(s) for s in _list(raw, "segments", _MAX_LAYERS + 1))
     outputs = tuple(_name(o) for o in _list(raw, "outputs", 1 << 16))
     predictors = reader.file(raw.get("predictors"))

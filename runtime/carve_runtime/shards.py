@@ -110,7 +110,7 @@ def _receive(stream: IO[bytes]) -> bytes:
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(array)).cast("B")
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 class _Shard:
@@ -304,7 +304,7 @@ def _serve(source: IO[bytes], sink: IO[bytes]) -> None:
 
     request = json.loads(_receive(source))
     root = Path(request["artifact"])
-    index = read_index(root, read_manifest(root), request["model"])
+    index = read_index(root, read_manifest(root).files, request["model"])
     experts = LocalExperts(ExpertFile(index), [(int(i), int(e)) for i, e in request["keys"]])
     _send(sink, _DONE)
     while data := _receive(source):
