@@ -74,7 +74,7 @@ def watch(program: Program, batches: Sequence[Batch]) -> Watched:
             scores = r.logits(batch.counted(at.x))
             stream = None
             if at.residual is not None:
-                h = batch.counted((at.residual + y).float())
+                h = batch.counted(at.residual).float() + batch.counted(y).float()
                 h = h / (h.square().mean(1, keepdim=True) + 1e-6).sqrt()
                 stream = h.to(dtype)
             found[site.name].append((scores, select(scores, r.top_k, r.dynamic), stream))

@@ -91,7 +91,7 @@ def _expert(r: RoutedFFN, e: int, grids: dict[str, list[Grid]] | None, p: Precis
             at,
             content.nbytes,
             content.dtype,
-            shape=ir.Shape(content.shape),
+            shape=ir.Shape(tuple(content.shape.numpy())),
             name=name,
         )
         at += _up(content.nbytes, _ALIGN)

@@ -189,6 +189,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text("utf-8"))
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name != "manifest.json"
+    }
+
+
+def seal(folder: Path, targets: dict[str, Any] | None = None) -> None:
+    """List the files as they are now, and more targets."""
+    manifest = read_manifest(folder)
+    manifest["targets"] |= targets or {}
+    write_manifest(folder, manifest | {"files": _hashes(folder)})
+
+
 def write(folder: Path, kind: str, model: onnx.ModelProto, **info: Any) -> Path:
     (folder / "onnx").mkdir(parents=True)
     onnx.save_model(
@@ -200,16 +216,12 @@ def write(folder: Path, kind: str, model: onnx.ModelProto, **info: Any) -> Path:
     )
     if kind != "module":
         TOKENIZER.save(str(folder / "tokenizer.json"))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "schema": 1,
         "carve": "0.1.0",
         "kind": kind,
         "source": {"id": "tiny"},
-        "files": {
-            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files
-        },
+        "files": _hashes(folder),
         "targets": {"onnx-cpu": {"model": "onnx/model.onnx", "bits": 16}},
         "model": {
             "vocab_size": VOCAB,

@@ -1,0 +1,239 @@
+"""The split back end: segments and experts together are the whole model, and the program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import carve_runtime
+import numpy as np
+import onnx
+import pytest
+import tiny_models as tiny
+import torch
+from carve_runtime.engine import Engine
+from carve_runtime.experts import ExpertFile, LocalExperts, hottest_first
+from carve_runtime.index import SplitIndex, read_index
+from carve_runtime.split import SplitEngine, Trunk
+
+from carve import cli, offload
+from carve.calibration import Batch
+from carve.emit.onnx import emit
+from carve.emit.split import Predictor, emit_split
+from carve.errors import CarveError, UserError
+from carve.grid import Grid
+from carve.parity import check_parity, feeds_of, run_split
+from carve.program import Program
+
+Get = Callable[[str], tiny.Captured]
+
+
+def batches(program: Program, rows: int = 6, length: int = 40) -> list[Batch]:
+    ids = tiny.token_ids(rows, length, seed=3)
+    return [Batch(tiny.decoder_inputs(program, ids))]
+
+
+def index_of(path: Path) -> SplitIndex:
+    return read_index(path.parent.resolve(), {p.name for p in path.parent.iterdir()}, path.name)
+
+
+def engine_of(path: Path) -> SplitEngine:
+    index = index_of(path)
+    experts = LocalExperts(ExpertFile(index), hottest_first(index))
+    return SplitEngine(Trunk(index, 1), experts)
+
+
+def prompts(program: Program) -> list[tuple[torch.Tensor, ...]]:
+    ids = [tiny.token_ids(2, length, seed=i) for i, length in enumerate((9, 14))]
+    return [tiny.decoder_inputs(program, i) for i in ids]
+
+
+@dataclass
+class Split:
+    """A program, its whole model and its split form."""
+
+    program: Program
+    seen: offload.Watched
+    predictors: dict[int, Predictor]
+    path: Path
+    whole: Path | None
+    bits: int
+
+
+def mix_widths(program: Program) -> None:
+    """Experts of the last site at 4 and 8 bits in turn; what no pass was at has 8 then."""
+    site = program.sites[-1]
+    r = site.routed
+    assert r is not None
+    new, grids = {}, {}
+    for name in ("expert_gate", "expert_up", "expert_down"):
+        weight = getattr(r, name)
+        grids[name] = [Grid.nearest(w, 8 if e % 2 else 4, 32) for e, w in enumerate(weight)]
+        new[name] = torch.stack([g.round(w) for g, w in zip(grids[name], weight, strict=True)])
+    program.set_routed(site, replace(r, **new, grids=grids))
+
+
+@pytest.fixture(scope="module")
+def split(captured: Get, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Split]:
+    """Split forms, made once; tests leave them as they are."""
+    kept: dict[tuple[str, int], Split] = {}
+
+    def get(name: str, bits: int) -> Split:
+        if (name, bits) not in kept:
+            program = tiny.route(captured(name).program, top_k=3, dynamic=bits == 16)
+            if bits == 4:
+                mix_widths(program)
+            folder = tmp_path_factory.mktemp("split")
+            (folder / "split").mkdir()
+            seen = offload.watch(program, batches(program))
+            found = offload.fit_predictors(program, seen)
+            heat = offload.hotness(seen)
+            path = emit_split(program, folder / "split", bits, heat, found).path
+            whole = None
+            if name == "llama":
+                whole = emit(program, folder / "model.onnx", bits).path
+            kept[name, bits] = Split(program, seen, found, path, whole, bits)
+        return kept[name, bits]
+
+    return get
+
+
+@pytest.mark.parametrize("name, bits", [("llama", 4), ("llama", 16), ("gpt2", 16)])
+def test_split_is_the_program_and_the_whole_model(
+    name: str, bits: int, split: Callable[[str, int], Split]
+) -> None:
+    s = split(name, bits)
+    metrics = check_parity(s.program, s.path, prompts(s.program), bits, run_split)
+    assert metrics.routings > 1
+    if s.whole is None:
+        return
+    whole, engine = Engine(s.whole, "onnx-cpu", 1), engine_of(s.path)
+    assert set(engine.inputs) == set(whole.inputs)
+    assert list(engine.outputs) == list(whole.outputs)
+    for inputs in prompts(s.program):
+        feeds = feeds_of(s.program, inputs, list(whole.inputs))
+        for a, b in zip(engine.run(feeds), whole.run(feeds), strict=True):
+            assert np.abs(a - b).max() <= 3e-6 * np.abs(b).max()
+    engine.close()
+
+
+def test_another_program_fails_parity(split: Callable[[str, int], Split]) -> None:
+    s = split("llama", 16)
+    program = tiny.clone(s.program)
+    site = program.sites[0]
+    assert site.routed is not None
+    program.set_routed(site, replace(site.routed, router=-site.routed.router))
+    with pytest.raises(CarveError) as e:
+        check_parity(program, s.path, prompts(program), 16, run_split)
+    assert e.value.code == "parity"
+
+
+def test_experts_lie_on_pages_the_hottest_first(split: Callable[[str, int], Split]) -> None:
+    s = split("llama", 4)
+    index = index_of(s.path)
+    places = [index.experts[key] for key in hottest_first(index)]
+    assert [p.hotness for p in places] == sorted((p.hotness for p in places), reverse=True)
+    assert places[0].hotness > places[-1].hotness
+    assert {p.offset % 4096 for p in places} == {0}
+    for key, place in index.experts.items():
+        assert place.hotness == pytest.approx(s.seen.chosen[key[0]][:, key[1]].mean(), abs=1e-5)
+    # A form for each width, without weights of its own.
+    assert sorted(f.bits for f in index.forms) == [4, 8]
+    wide = {key for key, p in index.experts.items() if index.forms[p.form].bits == 8}
+    assert wide == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 3)}
+    assert all(f.model.stat().st_size < 4096 for f in index.forms)
+    names = {n.op_type for p in index.segments for n in onnx.load(str(p)).graph.node}
+    assert "QMoE" not in names
+    assert "GroupQueryAttention" in names
+
+
+def test_predictors_are_fed_what_they_were_fitted_to(split: Callable[[str, int], Split]) -> None:
+    """The runtime's stream is the program's: its scores are those of the fitted map."""
+    s = split("llama", 16)
+    assert set(s.predictors) == {1}
+    index, engine = index_of(s.path), engine_of(s.path)
+    told: list[np.ndarray] = []
+    engine.experts.predicts = True
+    engine.experts.expect = lambda layer, scores: told.append(scores)  # type: ignore[method-assign]
+    inputs = batches(s.program)[0].inputs
+    engine.run(feeds_of(s.program, inputs, list(engine.inputs)))
+    assert index.layers[0].predictor is None
+    stream = s.seen.streams[0]
+    assert stream is not None
+    p = s.predictors[1]
+    want = stream.float() @ torch.from_numpy(p.weight).T + torch.from_numpy(p.bias)
+    np.testing.assert_allclose(told[0], want.numpy(), atol=2e-3)
+    chosen = s.seen.chosen[1]
+    guess = want.numpy() > 0
+    assert (guess & chosen).sum() / chosen.sum() > 0.8
+    assert (guess & chosen).sum() / guess.sum() > chosen.mean() + 0.2  # all of them: no more
+    engine.close()
+
+
+def test_locality_record(split: Callable[[str, int], Split]) -> None:
+    s = split("llama", 16)
+    program, seen, predictors = s.program, s.seen, s.predictors
+    sizes = [[4096] * 4, [8192] * 4]
+    m = offload.measure_locality(program, seen, predictors, sizes)
+    for share in ("25%", "50%", "75%"):
+        rates, read = m.hit_rate[share], m.bytes_per_token[share]
+        assert rates["belady"] >= max(rates["lru"], rates["lfu"]) > 0
+        assert read["lru"] > 0
+    assert m.hit_rate["25%"]["belady"] < m.hit_rate["75%"]["belady"]
+    assert 0 < m.srp <= 1 and 0 < m.sch <= 1
+    assert m.tokens == 240
+    assert set(m.recall) == {program.sites[1].name}
+
+
+def test_what_has_no_split_form(captured: Get, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none is carved"):
+        emit_split(captured("llama").program, tmp_path, 16, [], {})
+    program = tiny.gate(tiny.route(captured("llama").program), "identity")
+    with pytest.raises(UserError, match="gates"):
+        emit_split(program, tmp_path, 16, [], {})
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("more", [["--skip", "0.25"], ["--budget", "1.0"], ["--skip", "auto"]])
+def test_refused_before_any_work(checkpoint: Path, tmp_path: Path, more: list[str]) -> None:
+    argv = ["convert", str(checkpoint), "-o", str(tmp_path / "a"), "--target", "onnx-split"]
+    assert cli.main([*argv, *(more if "--budget" in more else ["--budget", "0.7", *more])]) == 2
+
+
+def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a"
+    settings = ["tokens=2000", "eval_tokens=500", "length=64", "num_experts=6", "top_k=2"]
+    argv = [v for s in settings for v in ("--set", f"convert.{s}")]
+    argv += ["--set", "carve.tokens=512", "--set", "quantize.method=rtn", "--json"]
+    argv += ["--budget", "0.7", "--effort", "none", "--target", "onnx-cpu,onnx-split"]
+    assert cli.main(["convert", str(checkpoint), "-o", str(out), *argv]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["targets"]) == {"onnx-cpu", "onnx-split"}
+    report = json.loads((out / "report.json").read_text())
+    record = report["passes"][-1]
+    assert record["name"] == "emit onnx-split"
+    assert record["metrics"]["locality"]["hit_rate"]["50%"]["belady"] > 0
+    capsys.readouterr()
+
+    def run(*more: str) -> tuple[int, dict[str, object], str]:
+        common = ["run", str(out), "--prompt", "The ", "--max-tokens", "30", "--threads", "1"]
+        code = cli.main([*common, "--json", *more])
+        text, err = capsys.readouterr()
+        return code, json.loads(text), err
+
+    want = run()[1]["text"]
+    code, limited, _ = run("--memory", "4MB", "--stats")
+    assert (code, limited["text"]) == (0, want)
+    experts = limited["experts"]
+    assert isinstance(experts, dict)
+    assert 0 < experts["hit_rate"] <= 1
+    assert run("--shards", "3")[1]["text"] == want
+    code, _, err = run("--memory", "10KB")
+    assert code == 2 and "at least" in err and "Traceback" not in err
+    assert run("--memory", "1GB", "--shards", "2")[0] == 2
+    assert cli.main(["run", str(out), "--prompt", "a", "--memory", "4MB", "--stats"]) == 0
+    assert "hit_rate" in capsys.readouterr().err
+    with carve_runtime.load(out, target="onnx-split", threads=1) as model:
+        assert model.generate("The ", max_new_tokens=30).text == want

@@ -1,0 +1,410 @@
+"""Split models: whole, within a budget, and over processes; always the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import carve_runtime
+import numpy as np
+import pytest
+from carve_runtime import ArtifactError, CarveRuntimeError, Model, RequestError
+from tiny_artifacts import VOCAB, plain_ids, seal
+from tiny_split import EXPERTS, write_split
+
+LENGTH = 256
+Index = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    base = tmp_path_factory.mktemp("split")
+    return {bits: write_split(base / str(bits), bits) for bits in (4, 16)}
+
+
+@pytest.fixture
+def damaged(split: dict[int, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(split[4], tmp_path / "damaged"))
+
+
+def load(path: Path, **options: Any) -> Model:
+    return carve_runtime.load(path, **{"target": "onnx-split", "threads": 1} | options)
+
+
+def steps(model: Model, count: int = LENGTH) -> np.ndarray:
+    """Logits of a prompt and of tokens one by one."""
+    ids = np.random.default_rng(8).integers(0, VOCAB, count).tolist()
+    session = model.start()
+    return np.concatenate([session.step(ids[:20]), *(session.step([i]) for i in ids[20:])])
+
+
+def least(path: Path) -> int:
+    """The least budget, as the error says it."""
+    with pytest.raises(RequestError) as caught:
+        load(path, memory=1000)
+    assert caught.value.code == "memory"
+    found = re.search(r"at least (\d+)MB", caught.value.hint)
+    assert found
+    return int(found[1]) * 1_000_000
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    for _ in range(200):
+        if not any(map(alive, pids)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still there: {[p for p in pids if alive(p)]}")
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_split_equals_the_whole_model(split: dict[int, Path], bits: int) -> None:
+    whole = carve_runtime.load(split[bits], threads=1)
+    assert whole.expert_stats is None
+    with load(split[bits]) as model:
+        prompt = plain_ids("the cat sat on")
+        want = whole.generate(prompt, max_new_tokens=60).token_ids
+        assert model.generate(prompt, max_new_tokens=60).token_ids == want
+        assert len(set(want)) > 10
+        np.testing.assert_allclose(steps(model), steps(whole), atol=2e-5)
+        assert model.expert_stats is not None
+        assert model.expert_stats.misses == model.expert_stats.evictions == 0
+
+
+def test_threads_give_the_same(split: dict[int, Path]) -> None:
+    with load(split[4]) as one, load(split[4], threads=3) as three:
+        want = steps(one, 60)
+        np.testing.assert_array_equal(steps(three, 60), want)
+        with ThreadPoolExecutor(4) as pool:
+            for got in pool.map(lambda _: steps(three, 60), range(4)):
+                np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("policy", ["lfu", "lru"])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_limited_memory_changes_no_number(
+    split: dict[int, Path], bits: int, policy: str, prefetch: bool
+) -> None:
+    with load(split[bits]) as model:
+        want = steps(model, 120)
+    budget = least(split[bits]) + 400_000  # some six of 16 experts
+    with load(split[bits], memory=budget, policy=policy, prefetch=prefetch) as model:
+        np.testing.assert_array_equal(steps(model, 120), want)
+        stats = model.expert_stats
+    assert stats is not None
+    assert stats.evictions > 10
+    assert stats.misses > 10
+    assert 0 < stats.resident_bytes < budget
+    assert stats.tokens == 120
+    assert stats.bytes_read > 0
+    assert (stats.expected > 0) == prefetch
+    assert 0.1 < stats.hit_rate < 1
+    if prefetch:  # the router itself predicts, which is much better than chance
+        assert stats.recall > 1.5 * 2 / EXPERTS
+
+
+def test_sessions_in_threads_share_a_budget(split: dict[int, Path]) -> None:
+    with load(split[4]) as model:
+        want = steps(model, 60)
+    with (
+        load(split[4], memory=least(split[4]) + 400_000, threads=2) as model,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        for got in pool.map(lambda _: steps(model, 60), range(4)):
+            np.testing.assert_array_equal(got, want)
+
+
+_LIMITED = """
+import resource, sys
+import carve_runtime
+path, budget, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+used = sum(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith("VmData"))
+if limit:
+    resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
+options = {"memory": budget} if budget else {}
+with carve_runtime.load(path, target="onnx-split", threads=1, **options) as model:
+    print(*model.generate([3, 4, 5], max_new_tokens=16).token_ids)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")
+def test_under_a_real_limit(tmp_path: Path) -> None:
+    """16 experts of 4 MB: all of them do not fit below the limit, the budget does."""
+    path = write_split(tmp_path / "a", 16, size=16 * 1024)
+
+    def run(budget: int, limit: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", _LIMITED, str(path), str(budget), str(limit)]
+        env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+    free = run(0, 0)
+    assert free.returncode == 0, free.stderr
+    # Beside the budget: stacks of threads, and two experts on their way.
+    limited = run(20_000_000, 64_000_000)
+    assert limited.returncode == 0, limited.stderr
+    assert limited.stdout == free.stdout
+    assert len(limited.stdout.split()) == 16
+    assert run(0, 64_000_000).returncode != 0
+
+
+def test_four_processes_give_the_same_bits(split: dict[int, Path]) -> None:
+    for bits in (4, 16):
+        with load(split[bits]) as model:
+            want = steps(model)
+        with load(split[bits], shards=4) as model:
+            pids = model._engine.experts.pids  # type: ignore[attr-defined]
+            assert len(pids) == 3 and all(map(alive, pids))
+            np.testing.assert_array_equal(steps(model), want)
+        wait_until_gone(pids)
+        with pytest.raises(CarveRuntimeError) as caught:
+            model.generate([3])
+        assert caught.value.code == "closed"
+
+
+def placement(**more: Any) -> dict[str, Any]:
+    mixed = [[(e * 5 + 1) % 3, 0] for e in range(EXPERTS)]
+    return {"devices": ["a", "b", "c"], "assignment": {"l0": mixed, "l1": mixed[::-1]}} | more
+
+
+def test_placement_is_followed(damaged: Path, tmp_path: Path) -> None:
+    with load(damaged) as model:
+        want = steps(model, 40)
+    outside = tmp_path / "placement.json"
+    outside.write_text(json.dumps(placement()))
+    with load(damaged, shards=outside) as model:
+        np.testing.assert_array_equal(steps(model, 40), want)
+        assert model._engine.experts._homes[0] == [1, 0, 2, 1, 0, 2, 1, 0]  # type: ignore[attr-defined]
+    shutil.copyfile(outside, damaged / "placement.json")
+    seal(damaged)
+    with load(damaged, shards=3) as model:
+        assert model._engine.experts._homes[0] == [1, 0, 2, 1, 0, 2, 1, 0]  # type: ignore[attr-defined]
+    with load(damaged, shards=2) as model:
+        assert model._engine.experts._homes[0] == [0, 0, 0, 0, 1, 1, 1, 1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [],
+        {},
+        placement(devices=[]),
+        placement(devices=["x"] * 5000),
+        placement(devices=["a", "b"]),
+        placement(assignment={"l0": [[0]] * EXPERTS}),
+        placement(assignment={"l0": [[0]] * 3, "l1": [[0]] * EXPERTS}),
+        placement(assignment={"l0": [[]] * EXPERTS, "l1": [[0]] * EXPERTS}),
+        placement(assignment={"l0": [[-1]] * EXPERTS, "l1": [[0]] * EXPERTS}),
+        placement(assignment={"l0": [[True]] * EXPERTS, "l1": [[0]] * EXPERTS}),
+        placement(assignment={"l0": ["0"] * EXPERTS, "l1": [[0]] * EXPERTS}),
+    ],
+)
+def test_hostile_placements(split: dict[int, Path], tmp_path: Path, raw: Any) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError) as caught:
+        load(split[4], shards=path)
+    assert caught.value.code == "placement"
+
+
+def test_killed_process_is_said_clearly(split: dict[int, Path]) -> None:
+    model = load(split[4], shards=3)
+    pids = model._engine.experts.pids  # type: ignore[attr-defined]
+    stream = model.stream(plain_ids("the cat"), max_new_tokens=400)
+    next(stream)
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(CarveRuntimeError, match=r"shard \d ended") as caught:
+        list(stream)
+    assert caught.value.code == "shard"
+    wait_until_gone(pids)
+    with pytest.raises(CarveRuntimeError) as caught:  # and again, at once
+        model.generate([3])
+    assert caught.value.code == "shard"
+    model.close()
+
+
+_HOLDER = """
+import sys, time
+import carve_runtime
+model = carve_runtime.load(sys.argv[1], shards=3, threads=1)
+print(*model._engine.experts.pids, flush=True)
+for _ in model.stream([3], max_new_tokens=500): pass
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_first(split: dict[int, Path], how: int) -> None:
+    command = [sys.executable, "-c", _HOLDER, str(split[4])]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(p) for p in process.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(alive, pids))
+        process.send_signal(how)
+    wait_until_gone(pids)
+
+
+def _expert(number: int, **more: Any) -> Callable[[Index], None]:
+    return lambda index: index["experts"][number].update(more)
+
+
+def _tensor(number: int, **more: Any) -> Callable[[Index], None]:
+    return lambda index: index["forms"][0]["tensors"][number].update(more)
+
+
+def _top(**more: Any) -> Callable[[Index], None]:
+    return lambda index: index.update(more)
+
+
+def _layer(**more: Any) -> Callable[[Index], None]:
+    return lambda index: index["layers"][1].update(more)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _expert(0, offset=1 << 40),
+        _expert(0, offset=-4096),
+        _expert(0, offset=100),
+        _expert(0, offset=4096),  # where another one lies
+        _expert(0, offset=1.0),
+        _expert(0, layer=2),
+        _expert(0, expert=EXPERTS),
+        _expert(0, expert=3),  # there already
+        _expert(0, form=1),
+        _expert(0, form=-1),
+        _expert(0, hotness=float("nan")),
+        _expert(0, hotness="hot"),
+        lambda index: index["experts"].pop(),
+        lambda index: index["experts"].append(index["experts"][0]),
+        lambda index: index["forms"][0].update(size=-4096),
+        lambda index: index["forms"][0].update(size=0),
+        lambda index: index["forms"][0].update(size=4097),
+        lambda index: index["forms"][0].update(size=1 << 50),
+        lambda index: index["forms"][0].update(model="../onnx/model.onnx"),
+        lambda index: index["forms"][0].update(model="/etc/passwd"),
+        lambda index: index["forms"][0].update(model="absent.onnx"),
+        lambda index: index["forms"][0].update(tensors="all"),
+        lambda index: index["forms"].clear(),
+        _tensor(0, dtype="object"),
+        _tensor(0, dtype="float64"),
+        _tensor(0, dtype=None),
+        _tensor(0, shape=[-1, 32, 16]),
+        _tensor(0, shape=[1 << 24, 1 << 24, 1 << 24]),
+        _tensor(0, shape=[1, 32.0, 16]),
+        _tensor(0, offset=-64),
+        _tensor(1, offset=0),
+        _tensor(3, offset=4090),
+        _tensor(0, name="down"),  # two of one name
+        _tensor(0, name="../up"),  # not the graph's
+        _tensor(0, name=["up"]),
+        _tensor(0, shape=[1, 16, 32]),  # not the graph's
+        _top(schema=2),
+        _top(page=1),
+        _top(data="../../secret"),
+        _top(data="expert0.onnx"),
+        _top(segments=["segment0.onnx"]),
+        _top(segments=["segment0.onnx"] * 3),
+        _top(segments=[["segment0.onnx"]] * 3),
+        _top(outputs=["logits"]),
+        _top(outputs=["logits", "nothing"]),
+        _top(layers=[]),
+        _top(layers=[{}] * 5000),
+        _top(predictors="absent.bin"),
+        _layer(experts=1 << 40),
+        _layer(experts=EXPERTS - 1),
+        _layer(top_k=EXPERTS + 1),
+        _layer(top_k=0),
+        _layer(width=1 << 40),
+        _layer(width=64),
+        _layer(dynamic=1),
+        _layer(predictor={"stream": ["h.0"], "offset": 1 << 40}),
+        _layer(predictor={"stream": ["h.0"], "offset": 4}),
+        _layer(predictor={"stream": [], "offset": 0}),
+        _layer(predictor={"stream": ["absent"], "offset": 0}),
+    ],
+)
+def test_hostile_indexes(damaged: Path, damage: Callable[[Index], object]) -> None:
+    path = damaged / "split/index.json"
+    index = json.loads(path.read_text())
+    damage(index)
+    path.write_text(json.dumps(index))
+    seal(damaged)
+    with pytest.raises(ArtifactError) as caught:
+        load(damaged)
+    assert caught.value.code in ("model", "unsafe-path")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"schema": true}'])
+def test_index_that_is_none(damaged: Path, text: str) -> None:
+    (damaged / "split/index.json").write_text(text)
+    seal(damaged)
+    with pytest.raises(ArtifactError) as caught:
+        load(damaged)
+    assert caught.value.code == "model"
+
+
+def test_experts_are_hashed(damaged: Path) -> None:
+    with (damaged / "split/experts.bin").open("r+b") as file:
+        file.write(b"\xff" * 8)
+    with pytest.raises(ArtifactError) as caught:
+        load(damaged)
+    assert caught.value.code == "hash-mismatch"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"memory": "0MB"}, "argument"),
+        ({"memory": "much"}, "argument"),
+        ({"memory": "1GB", "shards": 2}, "argument"),
+        ({"shards": 0}, "argument"),
+        ({"shards": True}, "argument"),
+        ({"shards": 5000}, "argument"),
+        ({"memory": "1GB", "policy": "random"}, "argument"),
+        ({"memory": "1GB", "target": "onnx-cpu"}, "argument"),
+    ],
+)
+def test_bad_requests(split: dict[int, Path], options: dict[str, Any], code: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        load(split[4], **options)
+    assert caught.value.code == code
+
+
+def test_whole_models_have_no_split(artifacts: dict[str, Path]) -> None:
+    with pytest.raises(ArtifactError, match="onnx-split") as caught:
+        carve_runtime.load(artifacts["shared"], memory="1GB")
+    assert caught.value.code == "target"
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """No test leaves a child behind."""
+    yield
+    left = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == os.getpid() and fields[0] != "Z":
+                left.append(stat.parent.name)
+    assert not left

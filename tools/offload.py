@@ -1,0 +1,197 @@
+"""Decoding with less memory than the model has: ours, LRU without prefetch, and plain mmap.
+
+Usage::
+
+    carve convert MODEL --budget 0.6 --target onnx-cpu,onnx-split -o out
+    python tools/offload.py out
+
+Each figure comes from a process of its own that starts with the files out of the page cache. Shares
+are of the memory that the split model takes when all of it is resident. Ours and LRU run under
+``RLIMIT_DATA``: what the process had before the model, the budget, and ``--slack`` for stacks and
+what is being loaded; whoever takes more is refused memory and the run fails. Plain mmap is the one
+file with its weights mapped and never rearranged (``session.disable_prepacking``), under the same
+limit, which does not count pages of files: the kernel keeps as many of them as the machine has room
+for, so that is the most that mmap can do here. ``whole`` is the one file as `carve_runtime` loads
+it, without a limit. Rounds are interleaved; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+OURS, LRU, MMAP, WHOLE = "ours", "lru, no prefetch", "mmap", "whole"
+
+
+def _data_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this needs Linux's /proc")
+
+
+def child(args: argparse.Namespace) -> None:
+    """Load in one way, decode, and print figures as JSON."""
+    import resource
+
+    import carve_runtime
+    import carve_runtime.engine as engine
+    import numpy as np
+
+    options: dict[str, Any] = {"threads": args.threads, "verify": False}
+    if args.child == MMAP:
+        prepacked = engine.ort.SessionOptions
+
+        def mapped() -> Any:
+            made = prepacked()
+            made.add_session_config_entry("session.disable_prepacking", "1")
+            return made
+
+        engine.ort.SessionOptions = mapped
+    if args.child in (OURS, LRU):
+        options |= {"target": "onnx-split", "policy": "lru" if args.child == LRU else args.policy}
+        options |= {"memory": args.memory, "prefetch": args.child == OURS}
+    else:
+        options["target"] = "onnx-cpu"
+    if args.child != WHOLE:
+        limit = _data_bytes() + args.memory + args.slack
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    with carve_runtime.load(args.artifact, **options) as model:
+        vocab = model.manifest.model.vocab_size
+        ids = np.random.default_rng(0).integers(0, vocab, 16).tolist()
+        if model.tokenizer is not None:
+            ids = model.tokenizer.encode(args.prompt).ids
+        session = model.start()
+        logits = session.step(ids)
+        said: list[int] = []
+        seconds = []
+        for _ in range(args.tokens):
+            said.append(int(logits[-1].argmax()))
+            began = time.perf_counter()
+            logits = session.step(said[-1:])
+            seconds.append(time.perf_counter() - began)
+        stats = model.expert_stats
+        read = Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0]
+    found = {
+        "tokens_per_s": len(seconds) / sum(seconds),
+        "said": said,
+        "disk": int(read) / len(seconds),
+        "stats": None if stats is None else stats.as_dict(),
+    }
+    print(json.dumps(found))
+
+
+def _forget(folder: Path) -> None:
+    """Drop the artifact's files from the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def _measure(args: argparse.Namespace, mode: str, memory: int) -> dict[str, Any] | str:
+    _forget(args.artifact)
+    command = [sys.executable, __file__, str(args.artifact), "--child", mode]
+    for name in ("tokens", "threads", "policy", "slack", "prompt"):
+        command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run(
+        [*command, "--memory", str(memory)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        return last[0][-90:] if last else f"exit {done.returncode}"
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def full_size(artifact: Path) -> tuple[int, int]:
+    """Bytes that the split model takes in memory, and the trunk's part of them."""
+    from carve_runtime.experts import ExpertFile
+    from carve_runtime.heap import heap_bytes
+    from carve_runtime.index import read_index
+    from carve_runtime.manifest import read_manifest
+    from carve_runtime.split import Trunk
+
+    manifest = read_manifest(artifact)
+    index = read_index(artifact, manifest.files, manifest.targets["onnx-split"].model)
+    before = heap_bytes()
+    trunk = Trunk(index, 1)
+    size = heap_bytes() - before
+    file = ExpertFile(index)
+    total = size + sum(file.cost(key) for key in index.experts)
+    del trunk
+    return total, size
+
+
+def main() -> None:
+    """Run the rounds and print the table."""
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    a.add_argument("artifact", type=Path)
+    a.add_argument("--tokens", type=int, default=64)
+    a.add_argument("--threads", type=int, default=1)
+    a.add_argument("--rounds", type=int, default=3)
+    a.add_argument("--policy", default="lfu")
+    a.add_argument("--prompt", default="The old man looked at the sea and")
+    a.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
+    a.add_argument("--slack", type=int, default=48_000_000, help="bytes beside the budget")
+    a.add_argument("--child", help=argparse.SUPPRESS)
+    a.add_argument("--memory", type=int, default=0, help=argparse.SUPPRESS)
+    args = a.parse_args()
+    args.artifact = args.artifact.resolve()
+    if args.child:
+        child(args)
+        return
+    from carve.report import table
+
+    total, trunk = full_size(args.artifact)
+    print(f"all resident: {total / 1e6:.1f} MB, {trunk / 1e6:.1f} MB of them the trunk")
+    cases = [(WHOLE, 0.0), *((m, s) for s in args.shares for m in (OURS, LRU, MMAP))]
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {c: [] for c in cases}
+    failed: dict[tuple[str, float], str] = {}
+    for r in range(args.rounds):
+        for case in cases if r % 2 == 0 else cases[::-1]:
+            mode, share = case
+            result = _measure(args, mode, int(total * share) + (1_000_000 if share == 1.0 else 0))
+            if isinstance(result, str):
+                failed[case] = result
+            else:
+                found[case].append(result)
+    said = next((r["said"] for r in found[WHOLE, 0.0]), None)
+    rows = [["memory", "how", "tokens/s", "hit rate", "read/token", "from disk/token", "same text"]]
+    for (mode, share), results in found.items():
+        head = ["-" if mode == WHOLE else f"{share:.0%}", mode]
+        if not results:
+            rows.append([*head, failed.get((mode, share), "-"), "", "", "", ""])
+            continue
+        speed = statistics.median(r["tokens_per_s"] for r in results)
+        disk = statistics.median(r["disk"] for r in results)
+        stats = [r["stats"] for r in results if r["stats"]]
+        rate = f"{statistics.median(s['hit_rate'] for s in stats):.3f}" if stats else "-"
+        read = statistics.median(s["bytes_per_token"] for s in stats) if stats else None
+        same = all(r["said"] == said for r in results)
+        rows.append(
+            [
+                *head,
+                f"{speed:.2f}",
+                rate,
+                "-" if read is None else f"{read / 1e6:.2f} MB",
+                f"{disk / 1e6:.2f} MB",
+                "yes" if same else "no",
+            ]
+        )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
