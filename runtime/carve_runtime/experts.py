@@ -62,7 +62,10 @@ def summed(x: Rows, results: Iterable[tuple[NDArray[np.intp], Rows]]) -> Rows:
     """``[n, d]`` zeros with every expert's rows added, in the order they come."""
     y = np.zeros_like(x)
     for rows, out in results:
-        y[rows] += out
+        if len(rows) == len(y):
+            y += out
+        else:
+            y[rows] += out
     return y
 
 
@@ -126,9 +129,12 @@ class LocalExperts:
         prefetch: bool = True,
         threads: int = 1,
     ) -> None:
-        self._file = file
         index = file.index
+        self._layers = index.layers
         self.predicts = prefetch and budget is not None
+        self._pool = ThreadPoolExecutor(threads, "carve-expert") if threads > 1 else None
+        self._expected = threading.local()
+        self._all: dict[Key, ExpertSession] | None = None
         self._residency = Residency(
             file.load,
             {key: 0 if budget is None else file.cost(key) for key in keys},
@@ -137,9 +143,10 @@ class LocalExperts:
             policy=policy,
             hotness={key: index.experts[key].hotness for key in keys},
         )
-        self._pool = ThreadPoolExecutor(threads, "carve-expert") if threads > 1 else None
-        self._expected = threading.local()
         self._residency.fill(keys)
+        if budget is None:
+            # Nothing ever goes, so a step need not ask.
+            self._all = self._residency.everything()
 
     @property
     def stats(self) -> ExpertStats:
@@ -148,7 +155,7 @@ class LocalExperts:
 
     def expect(self, layer: int, scores: Rows) -> None:
         """Start to load the experts that ``scores`` ``[n, E]`` would choose."""
-        info = self._file.index.layers[layer]
+        info = self._layers[layer]
         # Where the k-th score is repeated, one more is loaded, which does no harm.
         least = np.partition(scores, -info.top_k, axis=1)[:, -info.top_k, None]
         likely = scores >= least
@@ -166,6 +173,8 @@ class LocalExperts:
         self, layer: int, x: Rows, chosen: Sequence[tuple[int, NDArray[np.intp]]]
     ) -> list[tuple[NDArray[np.intp], Rows]]:
         """The results of chosen experts, in the order of ``chosen``."""
+        if self._all is not None:
+            return self._each_of_all(self._all, layer, x, chosen)
         keys = [(layer, e) for e, _ in chosen]
         at, expected = getattr(self._expected, "keys", (None, None))
         resident = self._residency.want(keys, len(x), expected if at == layer else None)
@@ -187,8 +196,26 @@ class LocalExperts:
             self._residency.done()
         return [(rows[key], found[key]) for key in keys]
 
+    def _each_of_all(
+        self,
+        sessions: Mapping[Key, ExpertSession],
+        layer: int,
+        x: Rows,
+        chosen: Sequence[tuple[int, NDArray[np.intp]]],
+    ) -> list[tuple[NDArray[np.intp], Rows]]:
+        self._residency.found(layer, len(chosen), len(x))
+
+        def one(part: tuple[int, NDArray[np.intp]]) -> tuple[NDArray[np.intp], Rows]:
+            e, rows = part
+            return rows, sessions[layer, e].run(x if len(rows) == len(x) else x[rows])
+
+        if self._pool is None or len(chosen) < 2:
+            return [one(part) for part in chosen]
+        return list(self._pool.map(one, chosen))
+
     def close(self) -> None:
         """End the threads."""
+        self._all = None
         self._residency.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)

@@ -194,6 +194,17 @@ class Residency:
                 if key not in self._slots and not self._begin_if_room(key):
                     return
 
+    def everything(self) -> dict[Key, Any]:
+        """All that is loaded."""
+        with self._changed:
+            return {key: slot.value.result() for key, slot in self._slots.items()}
+
+    def found(self, layer: int, count: int, rows: int) -> None:
+        """A step took ``count`` experts of what `everything` gave."""
+        with self._changed:
+            self.stats.hits += count
+            self.stats.tokens += rows if layer == 0 else 0
+
     def done(self) -> None:
         """The step has what it wanted from the layer."""
         with self._changed:

@@ -87,6 +87,10 @@ def test_split_equals_the_whole_model(split: dict[int, Path], bits: int) -> None
         np.testing.assert_allclose(steps(model), steps(whole), atol=2e-5)
         assert model.expert_stats is not None
         assert model.expert_stats.misses == model.expert_stats.evictions == 0
+        assert model.expert_stats.hit_rate == 1
+    with pytest.raises(CarveRuntimeError) as caught:
+        model.generate(prompt)
+    assert caught.value.code == "closed"
 
 
 def test_threads_give_the_same(split: dict[int, Path]) -> None:
