@@ -281,7 +281,7 @@ def test_list(capsys: Captured) -> None:
     names = result(capsys)["passes"]
     assert {p.stem for p in Path(carve.__file__).parent.glob("passes/[a-z]*.py")} == set(names)
     assert call("list", "targets") == 0
-    assert capsys.readouterr().out.split() == ["onnx-cpu"]
+    assert capsys.readouterr().out.split() == ["onnx-cpu", "onnx-split"]
 
 
 def test_analytical_router_over_another_artifact(
