@@ -28,6 +28,11 @@ class Artifact:
     manifest: dict[str, Any]
     report: dict[str, Any]
 
+    @property
+    def bits(self) -> int:
+        """Width of the weights that nothing else is said of, the same in every target."""
+        return int(next(iter(self.manifest["targets"].values()))["bits"])
+
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
         """Read an artifact's manifest and report.

@@ -93,7 +93,7 @@ def dense_artifact(artifact: Artifact, override: str | None, progress: Progress)
     if override and (Path(override) / "manifest.json").is_file():
         return Path(override)
     source = source_of(artifact, override)
-    bits = artifact.manifest["targets"]["onnx-cpu"]["bits"]
+    bits = artifact.bits
     key = str(artifact.manifest["source"]["sha256"])[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carve"
     root.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def bench_artifact(
                 figures["prefill"][kind].append(speed)
             time.sleep(_REST)
     result: dict[str, Any] = {
-        "bits": artifact.manifest["targets"]["onnx-cpu"]["bits"],
+        "bits": artifact.bits,
         "threads": count,
         "repeats": repeats,
         "context": context,

@@ -86,7 +86,8 @@ def _sharded(
     count: int,
 ) -> SplitEngine:
     from carve_runtime.manifest import resolve_inside
-    from carve_runtime.shards import ShardedExperts, contiguous, load_placement, shard_count
+    from carve_runtime.placement import contiguous, load_placement, shard_count
+    from carve_runtime.shards import ShardedExperts
 
     if isinstance(shards, int):
         devices, homes = shard_count(shards), contiguous(index, shards)
