@@ -7,6 +7,7 @@ from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
 from carve_runtime.gates import GateStats
 from carve_runtime.manifest import GateInfo, Manifest, ModelInfo, Target, read_manifest
 from carve_runtime.model import Generation, Model, load
+from carve_runtime.residency import ExpertStats
 from carve_runtime.sampling import Sampler
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "CarveRuntimeError",
+    "ExpertStats",
     "GateInfo",
     "GateStats",
     "Generation",

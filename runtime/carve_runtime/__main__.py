@@ -26,20 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop", action="append", default=[], help="may be given repeatedly")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-verify", action="store_true", help="trust the files' content")
+    parser.add_argument("--memory", help="most bytes of weights in memory, for example 300MB")
+    parser.add_argument("--shards", type=int, help="run the experts in so many processes")
     args = parser.parse_args(argv)
     try:
-        model = load(args.path, threads=args.threads, verify=not args.no_verify)
-        for piece in model.stream(
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop=args.stop,
-        ):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        with load(
+            args.path,
+            threads=args.threads,
+            verify=not args.no_verify,
+            memory=args.memory,
+            shards=args.shards,
+        ) as model:
+            for piece in model.stream(
+                args.prompt,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                seed=args.seed,
+                stop=args.stop,
+            ):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     except CarveRuntimeError as error:
         sys.stderr.write(f"carve_runtime: {error.code}: {error}\n")
         return 2 if isinstance(error, RequestError) else 1

@@ -224,6 +224,8 @@ class ExpertSession:
             y: NDArray[np.float32] = self._session.run(["y"], {"x": x})[0]
         except Exception as error:
             raise _failed(error) from error
+        if y.shape != x.shape or y.dtype != x.dtype:
+            raise _failed(ValueError(f"an expert gives {y.dtype} {y.shape}, not {x.shape}"))
         return y
 
 

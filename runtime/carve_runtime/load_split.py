@@ -37,7 +37,7 @@ def load_split(
     if memory is not None and shards is not None:
         raise RequestError("argument", "give memory or shards, not both")
     index = read_index(root, manifest.files, model)
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or os.cpu_count() or 1
     if shards is not None:
         return _sharded(root, manifest, model, index, shards, threads, count)
     if memory is not None:

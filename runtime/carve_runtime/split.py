@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carve_runtime.engine import Engine, Port, check_feeds, value
-from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
 from carve_runtime.experts import Experts
 from carve_runtime.index import Layer, SplitIndex
 
@@ -41,6 +41,10 @@ class Trunk:
                     raise _refuse(f"{name!r:.60} is made twice")
                 self.made[name] = k
         missing = (self.wanted | streams) - self.made.keys()
+        for k, layer in enumerate(index.layers):
+            if layer.predictor is not None:
+                early = [n for n in layer.predictor.stream if self.made.get(n, k) >= k]
+                missing.update(early)
         if missing or self.inputs.keys() & self.made.keys():
             raise _refuse(f"no segment makes {sorted(missing)[:3]}")
         self.outputs = {n: self.segments[self.made[n]].outputs[n] for n in index.outputs}
@@ -144,7 +148,10 @@ class SplitEngine:
             return
         h = y.copy()
         for name in layer.predictor.stream:
-            h += made[name].numpy().reshape(h.shape)
+            part = made[name].numpy()
+            if part.size != h.size:
+                raise CarveRuntimeError("run", f"{name} is no stream: its shape is {part.shape}")
+            h += part.reshape(h.shape)
         h /= np.sqrt(np.mean(np.square(h), axis=1, keepdims=True) + 1e-6)
         self.experts.expect(k, h @ layer.predictor.weight.T + layer.predictor.bias)
 

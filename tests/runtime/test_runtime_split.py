@@ -346,6 +346,7 @@ def _layer(**more: Any) -> Callable[[Index], None]:
         _layer(predictor={"stream": ["h.0"], "offset": 4}),
         _layer(predictor={"stream": [], "offset": 0}),
         _layer(predictor={"stream": ["absent"], "offset": 0}),
+        _layer(predictor={"stream": ["h.1"], "offset": 0}),  # made too late
     ],
 )
 def test_hostile_indexes(damaged: Path, damage: Callable[[Index], object]) -> None:
@@ -357,6 +358,25 @@ def test_hostile_indexes(damaged: Path, damage: Callable[[Index], object]) -> No
     with pytest.raises(ArtifactError) as caught:
         load(damaged)
     assert caught.value.code in ("model", "unsafe-path")
+
+
+def test_stream_that_is_none_and_expert_of_another_width(damaged: Path) -> None:
+    path = damaged / "split/index.json"
+    sound = path.read_text()
+    index = json.loads(sound)
+    index["layers"][1]["predictor"]["stream"] = ["routes.0"]
+    path.write_text(json.dumps(index))
+    seal(damaged)
+    with load(damaged, memory="1GB") as model, pytest.raises(CarveRuntimeError) as caught:
+        model.generate([3])
+    assert caught.value.code == "run"
+    path.write_text(sound)
+    # A segment's graph in an expert's place takes what an expert is not given.
+    shutil.copyfile(damaged / "split/segment0.onnx", damaged / "split/expert0.onnx")
+    seal(damaged)
+    with pytest.raises(CarveRuntimeError) as caught, load(damaged) as model:
+        model.generate([3])
+    assert caught.value.code in ("model", "run")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"schema": true}'])
@@ -393,6 +413,18 @@ def test_bad_requests(split: dict[int, Path], options: dict[str, Any], code: str
     with pytest.raises(RequestError) as caught:
         load(split[4], **options)
     assert caught.value.code == code
+
+
+def test_shell(split: dict[int, Path]) -> None:
+    def shell(*more: str) -> str:
+        command = [sys.executable, "-m", "carve_runtime", str(split[4]), "--prompt", "the cat"]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    want = shell("--max-new-tokens", "8")
+    assert shell("--max-new-tokens", "8", "--shards", "2") == want
+    assert shell("--max-new-tokens", "8", "--memory", "9MB") == want
 
 
 def test_whole_models_have_no_split(artifacts: dict[str, Path]) -> None:
