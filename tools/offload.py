@@ -14,9 +14,9 @@ cache's. Plain mmap is the one file with its weights mapped and never rearranged
 (``session.disable_prepacking``) under such a limit: the kernel keeps as many of its pages as the
 machine has room for, so that is the most that mmap can do here. The first two rows have no limit.
 "Same" is whether every next token is the split model's (mmap's: the one file's) without a limit;
-what is not rearranged is multiplied in other arithmetic. The tokens are a text's own, fed one by one:
-what a model of random weights would say is one token over and over. Rounds are interleaved; figures
-are medians.
+what is not rearranged is multiplied in other arithmetic. The tokens are a text's own, fed one by
+one: what a model of random weights would say is one token over and over. Rounds are interleaved;
+figures are medians.
 """
 
 from __future__ import annotations
