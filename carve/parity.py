@@ -64,14 +64,12 @@ def run_split(
     path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
 ) -> list[list[Any]]:
     """All results of a split model, whose index ``path`` is, for each prompt."""
-    from carve_runtime.experts import ExpertFile, LocalExperts, hottest_first
     from carve_runtime.index import read_index
-    from carve_runtime.split import SplitEngine, Trunk
+    from carve_runtime.load_split import open_split
 
     files = {p.name for p in path.parent.iterdir()}
     index = read_index(path.parent.resolve(), files, path.name)
-    experts = LocalExperts(ExpertFile(index), hottest_first(index))
-    engine = SplitEngine(Trunk(index, None), experts)
+    engine = open_split(index)
     try:
         return [engine.run(feeds_of(program, p, list(engine.inputs))) for p in prompts]
     finally:

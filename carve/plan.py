@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from carve.artifact import MANIFEST, Artifact
 from carve.errors import UserError
 from carve.passes.place import PlaceConfig
 from carve.placement.devices import read_devices
-from carve.placement.place import PlaceSettings, place
-from carve.placement.problem import OBJECTIVES
+from carve.placement.place import place
+from carve.placement.problem import scores
 from carve.placement.sizes import Sizes, planned_sizes
 from carve.placement.trace import Trace
 
@@ -35,11 +33,8 @@ def plan(
         of_artifact(path) if (path / MANIFEST).is_file() else _of_model(path, budget, bits)
     )
     problem = sizes.problem(described, trace, context=settings.context, batch=settings.batch)
-    placed = place(
-        problem,
-        PlaceSettings(settings.objective, settings.seconds, settings.replicas, settings.solver),
-    )
-    homes = [np.array(placed.home(i)) for i in range(len(placed.layers))]
+    placed = place(problem, settings)
+    homes = placed.homes
     link = {n: float(t) for n, t in zip(described.names, problem.trip, strict=True)}
     return {
         "feasible": True,
@@ -47,7 +42,7 @@ def plan(
         "expert_bytes": float(sum(b.sum() for b in problem.nbytes)),
         "memory": problem.memory(homes),
         "round_trip_seconds": link,
-        "scores": {name: score(problem, homes) for name, score in OBJECTIVES.items()},
+        "scores": scores(problem, homes),
         "placement": placed.as_dict(),
     }
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from carve.arithmetic import as_emitted
 from carve.calibration import limit_batches
 from carve.passbase import Context, ContractError, Pass
-from carve.placement.devices import read_devices
+from carve.placement.devices import Devices, read_devices
 from carve.placement.place import PlaceSettings, place
-from carve.placement.problem import OBJECTIVES, Homes, Problem
+from carve.placement.problem import Homes, scores
 from carve.placement.sizes import planned_sizes, sizes_of
 from carve.placement.trace import collect_trace
 from carve.program import Program
 
 
 @dataclass(frozen=True)
-class PlaceConfig:
-    """Settings of `Place`, those of `carve.placement.place.PlaceSettings` among them.
+class PlaceConfig(PlaceSettings):
+    """Settings of `Place`, beside those of `carve.placement.place.PlaceSettings`.
 
     ``devices``: a TOML file, or the name of a preset. ``tokens``: calibration tokens to trace, half
     of them to place and half to score. ``batch``: tokens served at a time, for throughput;
@@ -27,10 +28,6 @@ class PlaceConfig:
     """
 
     devices: str = ""
-    objective: str = "throughput"
-    seconds: float = 30.0
-    replicas: int = 1
-    solver: str = "highs"
     tokens: int = 16_384
     batch: int = 8
     context: int = 2_048
@@ -64,11 +61,15 @@ class Place(Pass[PlaceConfig]):
 
     name = "place"
 
+    @cached_property
+    def devices(self) -> Devices:
+        """The devices, read once: the file may be gone when the passes before are done."""
+        return read_devices(self.config.devices)
+
     def foresee(self, program: Program, context: Context) -> None:
         """Needs room for what is planned, as far as widths are known before they are chosen."""
         c = self.config
-        devices = read_devices(c.devices)
-        PlaceSettings(c.objective, c.seconds, c.replicas, c.solver)
+        devices = self.devices
         if not context.limits:
             sizes, trace = planned_sizes(program, context.splits, context.bits)
             sizes.problem(devices, trace, context=c.context, batch=c.batch).check()
@@ -83,21 +84,19 @@ class Place(Pass[PlaceConfig]):
     def call(self, program: Program, context: Context) -> PlaceMetrics:
         """Trace, place and score."""
         c = self.config
-        devices = read_devices(c.devices)
-        settings = PlaceSettings(c.objective, c.seconds, c.replicas, c.solver)
+        devices = self.devices
         sizes = sizes_of(program, context.bits)
         batches = limit_batches(context.stream or context.batches, c.tokens)
         with as_emitted(program):
             trace = collect_trace(program, list(context.progress(batches, self.name)))
         to_place, to_score = trace.halves()
         problem = sizes.problem(devices, to_place, context=c.context, batch=c.batch)
-        placed = place(problem, settings)
+        placed = place(problem, c)
         program.notes["placement"], program.notes["trace"] = placed, trace
         program.notes["sizes"] = sizes
         scored = sizes.problem(devices, to_score, context=c.context, batch=c.batch)
-        homes: Homes = [np.array(placed.home(i)) for i in range(len(placed.layers))]
-        count = len(devices)
-        turns: Homes = [np.arange(len(h)) % count for h in homes]
+        homes = placed.homes
+        turns: Homes = [np.arange(len(h)) % len(devices) for h in homes]
         loads = to_score.loads()
         return PlaceMetrics(
             placed.objective,
@@ -105,14 +104,10 @@ class Place(Pass[PlaceConfig]):
             placed.bound,
             placed.gap,
             placed.seconds,
-            {"placed": _scores(scored, homes), "round-robin": _scores(scored, turns)},
+            {"placed": scores(scored, homes), "round-robin": scores(scored, turns)},
             scored.memory(homes),
             {
                 n: float(sum(p[h == d].sum() for p, h in zip(loads, homes, strict=True)))
                 for d, n in enumerate(devices.names)
             },
         )
-
-
-def _scores(problem: Problem, homes: Homes) -> dict[str, float]:
-    return {name: score(problem, homes) for name, score in OBJECTIVES.items()}

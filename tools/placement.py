@@ -2,7 +2,7 @@
 
 Usage::
 
-    python tools/placement.py                              # synthetic traces, the three sizes
+    python tools/placement.py                              # synthetic traces, the two sizes
     python tools/placement.py --artifact out --devices D.toml   # the trace of a conversion
 
 A trace's one half places, the other half scores: seconds a token for a batch (throughput), seconds
@@ -29,7 +29,8 @@ from placement_baselines import BASELINES
 from carve.errors import CarveError
 from carve.placement.devices import Devices, parse_devices, read_devices
 from carve.placement.place import METHODS, PlaceSettings, place
-from carve.placement.problem import OBJECTIVES, Homes, Problem
+from carve.placement.problem import Homes, Problem, scores
+from carve.placement.table import SHOWN
 from carve.placement.trace import Trace
 from carve.plan import of_artifact
 from carve.report import table
@@ -109,10 +110,8 @@ def rows_of(
 
     def line(name: str, homes: Homes, gap: str, took: float) -> None:
         fits = "yes" if second.fits(homes) else "NO"
-        scores = [
-            OBJECTIVES[o](second, homes) * (1 if o == "affinity" else 1e6) for o in OBJECTIVES
-        ]
-        lines.append([title, name, gap, f"{took:.1f}", fits, *(f"{s:.2f}" for s in scores)])
+        shown = [f"{s * SHOWN[o]:.2f}" for o, s in scores(second, homes).items()]
+        lines.append([title, name, gap, f"{took:.1f}", fits, *shown])
 
     for name, baseline in BASELINES.items():
         began = time.monotonic()
@@ -128,9 +127,8 @@ def rows_of(
         except CarveError as e:
             sys.stderr.write(f"{title}, {method}: {e.message}\n")
             continue
-        homes = [np.array(found.home(i)) for i in range(len(found.layers))]
         gap = "-" if method == "moetuner" else f"{100 * found.gap:.2f} %"
-        line(f"carve {method}", homes, gap, found.seconds)
+        line(f"carve {method}", found.homes, gap, found.seconds)
     return lines
 
 

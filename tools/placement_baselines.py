@@ -28,13 +28,13 @@ def greedy(problem: Problem) -> Homes:
     """Speed-aware greedy: the busiest expert first, where its layer then finishes soonest."""
     room = problem.caps.copy()
     homes: Homes = []
-    for i, size in enumerate(problem.nbytes):
+    for i, (size, load) in enumerate(zip(problem.nbytes, problem.trace.loads(), strict=True)):
         busy, done = problem.busy[i], problem.busy_base[i].copy()
         held = np.zeros(len(size), np.intp)
         # What later layers need is kept free on each device in proportion to its room.
         later = sum(float(b.sum()) for b in problem.nbytes[i + 1 :])
         keep = later * room / room.sum()
-        for e in np.argsort(-problem.trace.loads()[i]):
+        for e in np.argsort(-load):
             open_ = room - keep >= size[e]
             if not open_.any():
                 open_ = room >= size[e]

@@ -114,7 +114,8 @@ def write_experts(
         precision: the grids of their weights.
         hotness: by layer and expert, the share of calibration tokens that chose it.
     """
-    grids = [_layer_grids(r, precision) for r in layers]
+    # Once a layer: round-to-nearest grids are not stored.
+    grids = [expert_grids(precision, r) for r in layers]
     order = sorted(
         ((i, e) for i, r in enumerate(layers) for e in range(r.num_experts)),
         key=lambda key: (-hotness[key[0]][key[1]], key),
@@ -153,9 +154,3 @@ def write_experts(
             offset += one.size
         file.truncate(offset)
     return {"data": FILE, "page": PAGE, "forms": described, "experts": entries}
-
-
-def _layer_grids(r: RoutedFFN, precision: Precision) -> dict[str, list[Grid]] | None:
-    """Made once a layer: round-to-nearest grids are not stored."""
-    graph = ir.Graph([], [], nodes=[], name="none")
-    return expert_grids(Builder(ir.Model(graph, ir_version=10), precision), r)

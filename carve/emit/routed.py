@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from carve.arithmetic import fused
+from carve.arithmetic import Precision, fused
 from carve.emit.builder import CONTRIB, Builder, Place
 from carve.emit.graph import replace
 from carve.ffn import RoutedFFN
@@ -217,15 +217,15 @@ def _grouped_experts(
     return y
 
 
-def expert_grids(b: Builder, r: RoutedFFN) -> dict[str, list[Grid]] | None:
+def expert_grids(precision: Precision, r: RoutedFFN) -> dict[str, list[Grid]] | None:
     """The experts' grids where ``QMoE`` can run them all, else None."""
     found: dict[str, list[Grid]] = {}
     for name in ("expert_gate", "expert_up", "expert_down"):
         weight = getattr(r, name)
         if weight is None:
             continue
-        grids = [b.precision.of(w) for w in weight]
-        if not fused(r, b.precision.block) or any(g is None for g in grids):
+        grids = [precision.of(w) for w in weight]
+        if not fused(r, precision.block) or any(g is None for g in grids):
             return None
         found[name] = [g for g in grids if g is not None]
     return found
@@ -237,7 +237,7 @@ def lower_routed(b: Builder, node: ir.Node, name: str, r: RoutedFFN, rows: ir.Va
     x = node.inputs[0]
     flat = b.op(node, "Reshape", [x, b.const(f"carve_rows{d}", np.array([-1, d]))])
     scores = router_scores(b, node, flat, name, r)
-    grids = expert_grids(b, r)
+    grids = expert_grids(b.precision, r)
     if grids is not None:
         y = fused_experts(b, node, x, scores, name, r, grids, rows)
         shared = shared_expert(b, node, x, name, r)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from carve.errors import CarveError
 
 TRUNK = "trunk.data"
 _SMALL = 256
+_BRANCHES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _INT64 = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 _BOOL = ("And", "Or", "Not", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
@@ -42,7 +43,7 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
     found = [Segment([], {}, {}, {}) for _ in range(len(markers) + 1)]
     results = set(graph.outputs)
     for node in graph:
-        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _attrs(node)):
+        if any(a.type in _BRANCHES for a in node.attributes.values()):
             raise CarveError("emit", f"{node.name}: a model with branches cannot be split")
         read = [v for v in node.inputs if v is not None]
         moving = [v for v in read if v.const_value is None or v in stage]
@@ -68,10 +69,6 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
         read = [v for n in segment.nodes for v in n.inputs if v is not None]
         segment.inputs.update((v, None) for v in read if v not in own)
     return found
-
-
-def _attrs(node: ir.Node) -> Iterator[ir.Attr]:
-    yield from node.attributes.values()
 
 
 def give_types(graph: ir.Graph) -> None:

@@ -14,24 +14,23 @@ from scipy.sparse import csr_array, vstack  # type: ignore[import-untyped]
 from carve.errors import UserError
 from carve.placement.chain import MOST_STATES, best_chain, states_of
 from carve.placement.counts import Counts
-from carve.placement.layered import held_by
-from carve.placement.problem import Array, Homes, Problem, hops
+from carve.placement.layered import Variables, held_by, start_from
+from carve.placement.problem import Array, Homes, Problem, hops, one_hot
 from carve.placement.search import Found
-from carve.placement.solver import solve
+from carve.placement.solver import WITHIN, solve
 
 
 def forward_assignment(problem: Problem, counts: Sequence[Counts]) -> Homes:
     """Layer after layer, each by linear assignment to where its predecessors' tokens are."""
     homes: Homes = [np.repeat(np.arange(len(counts[0])), counts[0])]
-    for i, weights in enumerate(problem.trace.transitions()):
+    for i, weights in enumerate(problem.transitions):
         homes.append(_assign(_arrivals(weights, homes[i], len(counts[0])), counts[i + 1]))
     return homes
 
 
 def _arrivals(weights: Array, held: NDArray[np.intp], devices: int) -> Array:
     """``[F, D]``: how much each next expert is reached from each device."""
-    where = (held[:, None] == np.arange(devices)).astype(np.float64)
-    found: Array = weights.T @ where
+    found: Array = weights.T @ one_hot(held, devices)
     return found
 
 
@@ -46,7 +45,7 @@ def _assign(gain: Array, counts: Counts) -> NDArray[np.intp]:
 
 def improve(problem: Problem, homes: Homes, counts: Sequence[Counts]) -> Homes:
     """Give every layer its best assignment between its neighbours' until none gains."""
-    weights = problem.trace.transitions()
+    weights = problem.transitions
     devices = len(problem.devices)
     homes = [h.copy() for h in homes]
     best = hops(problem, homes)
@@ -106,8 +105,33 @@ def affinity(
         if problem.fits(homes):
             return Found(homes, known, known)
     homes = _first(problem, counts, seed, 24)
+    model, x = _programme(problem, counts)
+    if homes:
+        for layer, held in zip(x, homes, strict=True):
+            start_from(layer, held)
+    left = seconds - (time.monotonic() - began)
+    found = solve(model, left, solver=solver, warm=bool(homes))
+    if found.value is not None:
+        tuned = improve(problem, [held_by(layer) for layer in x], counts)
+        other = tuned if problem.fits(tuned) else [held_by(layer) for layer in x]
+        if not homes or hops(problem, other) < hops(problem, homes):
+            homes = other
+    if not homes:
+        raise UserError(
+            "infeasible",
+            "no placement with these counts of experts fits into memory",
+            "choose throughput or latency, which choose the counts themselves",
+        )
+    value = hops(problem, homes)
+    return Found(homes, value, min(max(known, found.bound), value))
+
+
+def _programme(
+    problem: Problem, counts: Sequence[Counts]
+) -> tuple[pulp.LpProblem, list[Variables]]:
+    """The programme of `affinity`, and its ``x`` by layer."""
     devices = len(problem.devices)
-    weights = problem.trace.transitions()
+    weights = problem.transitions
     model = pulp.LpProblem("affinity", pulp.LpMinimize)
     x = [
         [
@@ -128,7 +152,7 @@ def affinity(
             for layer, size in zip(x, problem.nbytes, strict=True)
             for e, b in enumerate(size)
         ]
-        model += pulp.lpSum(used) <= float(cap) / unit * (1 - 2e-6)
+        model += pulp.lpSum(used) <= float(cap) / unit * WITHIN
     together = []
     for i, w in enumerate(weights):
         y = [
@@ -157,26 +181,7 @@ def affinity(
         for e, row in enumerate(x[0]):
             for v in row[e + 1 :]:
                 model += v == 0
-    if homes:
-        for layer, held in zip(x, homes, strict=True):
-            for e, row in enumerate(layer):
-                for d, v in enumerate(row):
-                    v.setInitialValue(int(held[e] == d))
-    left = seconds - (time.monotonic() - began)
-    found = solve(model, left, solver=solver, warm=bool(homes))
-    if found.value is not None:
-        tuned = improve(problem, [held_by(layer) for layer in x], counts)
-        other = tuned if problem.fits(tuned) else [held_by(layer) for layer in x]
-        if not homes or hops(problem, other) < hops(problem, homes):
-            homes = other
-    if not homes:
-        raise UserError(
-            "infeasible",
-            "no placement with these counts of experts fits into memory",
-            "choose throughput or latency, which choose the counts themselves",
-        )
-    value = hops(problem, homes)
-    return Found(homes, value, min(max(known, found.bound), value))
+    return model, x
 
 
 def matching_bound(problem: Problem, counts: Sequence[Counts]) -> float:
@@ -187,7 +192,7 @@ def matching_bound(problem: Problem, counts: Sequence[Counts]) -> float:
     a transport problem.
     """
     total = 0.0
-    for w, before, after in zip(problem.trace.transitions(), counts, counts[1:], strict=False):
+    for w, before, after in zip(problem.transitions, counts, counts[1:], strict=False):
         rows, columns = w.shape
         index = np.arange(rows * columns)
         of_row = csr_array((np.ones(index.size), (index // columns, index)))

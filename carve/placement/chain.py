@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from carve.placement.problem import Homes, Problem
+from carve.placement.problem import Homes, Problem, one_hot
 
 MOST_STATES = 6_000
 """Placements of one layer up to which the best path through all layers is searched for."""
@@ -31,8 +31,8 @@ def best_chain(problem: Problem, counts: Sequence[NDArray[np.intp]]) -> Homes:
     states = [_placements(tuple(int(k) for k in c)) for c in counts]
     best = np.zeros(len(states[0]))
     back: list[NDArray[np.intp]] = []
-    for i, w in enumerate(problem.trace.transitions()):
-        before, after = (_one_hot(s, len(counts[0])) for s in (states[i], states[i + 1]))
+    for i, w in enumerate(problem.transitions):
+        before, after = (one_hot(s, len(counts[0])) for s in (states[i], states[i + 1]))
         reach = np.einsum("sed,ef->sfd", before, w).reshape(len(before), -1)
         flat = after.reshape(len(after), -1)
         parts = [best[:, None] + reach @ part.T for part in np.array_split(flat, _parts(len(flat)))]
@@ -64,8 +64,3 @@ def _placements(counts: tuple[int, ...]) -> NDArray[np.intp]:
                 rows.append(filled)
         found = np.array(rows)
     return found
-
-
-def _one_hot(states: NDArray[np.intp], devices: int) -> NDArray[np.float64]:
-    hot: NDArray[np.float64] = (states[..., None] == np.arange(devices)).astype(np.float64)
-    return hot

@@ -20,7 +20,7 @@ MOST_SETS = 96
 
 @dataclass(frozen=True)
 class LayerModel:
-    """One layer in a programme: its objective, its ``x``, and its value for given homes."""
+    """One layer in a programme: its objective and its ``x``."""
 
     objective: Any
     x: Variables
@@ -117,7 +117,6 @@ def start_from(x: Variables, held: NDArray[np.intp]) -> None:
 
 
 def held_by(x: Variables) -> NDArray[np.intp]:
-    """The device of each expert in a solution."""
+    """The device of each expert in a solution: in each row, the largest variable's place."""
     values = [[0.0 if isinstance(v, int) else float(v.varValue or 0.0) for v in row] for row in x]
-    held: NDArray[np.intp] = np.argmax(values, axis=1)
-    return held
+    return np.array([np.argmax(row) for row in values], np.intp)

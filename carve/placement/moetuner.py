@@ -9,7 +9,8 @@ import pulp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from carve.errors import UserError
-from carve.placement.problem import Array, Homes, Problem
+from carve.placement.layered import held_by
+from carve.placement.problem import Array, Homes, Problem, one_hot
 from carve.placement.solver import solve
 
 
@@ -28,13 +29,12 @@ def moetuner(problem: Problem, seconds: float, solver: str = "highs") -> Homes:
     began = time.monotonic()
     each = 0.5 * seconds / problem.num_layers
     clusters = [_clusters(p, len(problem.devices), each, solver) for p in problem.trace.loads()]
-    weights = problem.trace.transitions()
+    weights = problem.transitions
     room = problem.caps.copy()
     homes: Homes = []
     for i, cluster in enumerate(clusters):
         left = (seconds - (time.monotonic() - began)) / (problem.num_layers - i)
-        size = np.zeros(len(room))
-        np.add.at(size, cluster, problem.nbytes[i])
+        size = problem.used_by(i, cluster)
         later = [problem.nbytes[j] for j in range(i + 1, problem.num_layers)]
         traffic = _traffic(weights[i - 1], homes[-1], cluster, len(room)) if homes else None
         device = _devices(traffic, size, room - _reserve(room, later), left, solver)
@@ -48,7 +48,7 @@ def moetuner(problem: Problem, seconds: float, solver: str = "highs") -> Homes:
                 "choose throughput, latency or affinity, which know unequal devices",
             )
         homes.append(device[cluster])
-        np.subtract.at(room, homes[-1], problem.nbytes[i])
+        room -= problem.used_by(i, homes[-1])
     return homes
 
 
@@ -83,14 +83,12 @@ def _clusters(loads: Array, count: int, seconds: float, solver: str) -> NDArray[
             cluster[e] = int(np.argmin(total))
             total[cluster[e]] += loads[e]
         return cluster
-    return np.array([int(np.argmax([v.varValue or 0.0 for v in row])) for row in y])
+    return held_by(y)
 
 
 def _traffic(weights: Array, held: NDArray[np.intp], cluster: NDArray[np.intp], n: int) -> Array:
     """``[D, C]`` pairs a token from each device to each cluster of the next layer."""
-    there = (held[:, None] == np.arange(n)).astype(np.float64)
-    then = (cluster[:, None] == np.arange(n)).astype(np.float64)
-    found: Array = there.T @ weights @ then
+    found: Array = one_hot(held, n).T @ weights @ one_hot(cluster, n)
     return found
 
 
@@ -120,8 +118,4 @@ def _devices(
                     )
     model += worst
     found = solve(model, seconds, solver=solver)
-    if found.value is None:
-        return None
-    values = [[0.0 if isinstance(v, int) else float(v.varValue or 0.0) for v in row] for row in y]
-    device: NDArray[np.intp] = np.argmax(values, axis=1)
-    return device
+    return None if found.value is None else held_by(y)

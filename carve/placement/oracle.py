@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from carve.placement.layered import LAYERED, held_by, scale_of, start_from
 from carve.placement.problem import Array, Problem
-from carve.placement.solver import solve
+from carve.placement.solver import WITHIN, solve
 
 MOST_COUNTED = 1 << 17
 """Placements of one layer up to which all of them are tried instead of a search."""
@@ -50,8 +50,7 @@ class Oracle:
 
     def column(self, layer: int, homes: NDArray[np.intp]) -> Column:
         """A placement as a column."""
-        used = np.zeros(len(self.problem.devices))
-        np.add.at(used, homes, self.problem.nbytes[layer])
+        used = self.problem.used_by(layer, homes)
         return Column(homes, self.value(layer, homes), used)
 
     def best(
@@ -126,7 +125,7 @@ class Oracle:
             unit = float(size.max())
             for d, cap in enumerate(room):
                 used = pulp.lpSum(float(b) / unit * built.x[e][d] for e, b in enumerate(size))
-                model += used <= max(0.0, float(cap)) / unit * (1 - 2e-6)
+                model += used <= max(0.0, float(cap)) / unit * WITHIN
         if start is not None:
             start_from(built.x, start)
         found = solve(model, seconds, solver=self.solver, warm=start is not None)

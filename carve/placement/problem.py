@@ -115,6 +115,11 @@ class Problem:
         return latency + self.token_bytes * sent
 
     @cached_property
+    def transitions(self) -> list[Array]:
+        """The trace's, counted once."""
+        return self.trace.transitions()
+
+    @cached_property
     def sets(self) -> list[tuple[NDArray[np.bool_], Array]]:
         """By layer, the distinct sets of experts in the trace and their shares."""
         return [self.trace.sets(i) for i in range(self.num_layers)]
@@ -126,8 +131,14 @@ class Problem:
     def used(self, homes: Homes) -> Array:
         """``[D]`` bytes of experts on each device."""
         total = np.zeros(len(self.devices))
-        for held, size in zip(homes, self.nbytes, strict=True):
-            np.add.at(total, held, size)
+        for i, held in enumerate(homes):
+            total += self.used_by(i, held)
+        return total
+
+    def used_by(self, layer: int, held: NDArray[np.intp]) -> Array:
+        """``[D]`` bytes of one layer's experts on each device."""
+        total = np.zeros(len(self.devices))
+        np.add.at(total, held, self.nbytes[layer])
         return total
 
     def memory(self, homes: Homes) -> dict[str, list[float]]:
@@ -190,7 +201,7 @@ def latency(problem: Problem, homes: Homes) -> float:
 
 def layer_busy(problem: Problem, layer: int, held: NDArray[np.intp]) -> Any:
     """One layer's part of `throughput` for homes ``[..., E]``."""
-    work = _on(held, problem) * problem.busy[layer]
+    work = one_hot(held, len(problem.devices)) * problem.busy[layer]
     return (problem.busy_base[layer] + work.sum(-2)).max(-1)
 
 
@@ -198,7 +209,7 @@ def layer_latency(problem: Problem, layer: int, held: NDArray[np.intp]) -> Any:
     """One layer's part of `latency` for homes ``[..., E]``."""
     sets, share = problem.sets[layer]
     total: Any = 0.0
-    where = _on(held, problem)
+    where = one_hot(held, len(problem.devices))
     work, trips = where * problem.single[layer], problem.trip
     for members, p in zip(sets, share, strict=True):
         there = where[..., members, :].any(-2)
@@ -207,9 +218,9 @@ def layer_latency(problem: Problem, layer: int, held: NDArray[np.intp]) -> Any:
     return total
 
 
-def _on(held: NDArray[np.intp], problem: Problem) -> Array:
-    """One-hot ``[..., E, D]``."""
-    where: Array = (held[..., None] == np.arange(len(problem.devices))).astype(np.float64)
+def one_hot(held: NDArray[np.intp], devices: int) -> Array:
+    """``[..., E, D]``: 1 where an expert of homes ``[..., E]`` is."""
+    where: Array = (held[..., None] == np.arange(devices)).astype(np.float64)
     return where
 
 
@@ -218,10 +229,15 @@ def hops(problem: Problem, homes: Homes) -> float:
     return float(
         sum(
             (w * (a[:, None] != b[None, :])).sum()
-            for w, a, b in zip(problem.trace.transitions(), homes, homes[1:], strict=False)
+            for w, a, b in zip(problem.transitions, homes, homes[1:], strict=False)
         )
     )
 
 
 OBJECTIVES = {"throughput": throughput, "latency": latency, "affinity": hops}
 """What is minimised, by name."""
+
+
+def scores(problem: Problem, homes: Homes) -> dict[str, float]:
+    """A placement by every objective."""
+    return {name: score(problem, homes) for name, score in OBJECTIVES.items()}

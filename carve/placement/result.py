@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -30,9 +33,10 @@ class Placement:
         """``(value - bound) / value``: by so much at most could another placement be better."""
         return 0.0 if self.value <= 0.0 else max(0.0, 1.0 - self.bound / self.value)
 
-    def home(self, layer: int) -> list[int]:
-        """The first device of each expert of a layer."""
-        return [held[0] for held in self.assignment[layer]]
+    @property
+    def homes(self) -> list[NDArray[np.intp]]:
+        """By layer, the first device of each expert ``[E_l]``."""
+        return [np.array([held[0] for held in layer], np.intp) for layer in self.assignment]
 
     def as_dict(self) -> dict[str, Any]:
         """As ``placement.json`` holds it."""

@@ -9,10 +9,11 @@ import numpy as np
 import pulp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from carve.placement.layered import held_by, start_from
 from carve.placement.oracle import Column, Oracle
 from carve.placement.problem import Array, Homes, Problem
 from carve.placement.repair import repair
-from carve.placement.solver import GAP, solve
+from carve.placement.solver import GAP, WITHIN, solve
 
 NEAR = 64
 """Columns a layer that are offered beside those found, where all placements are known."""
@@ -20,7 +21,7 @@ NEAR = 64
 
 @dataclass(frozen=True)
 class Found:
-    """A placement with its ``value`` and a lower ``bound`` on any other's, in seconds a token."""
+    """A placement, its ``value`` and a lower ``bound`` on any other's, in the objective's unit."""
 
     homes: Homes
     value: float
@@ -144,8 +145,7 @@ class LayeredSearch:
                 over = pulp.LpVariable(f"over_{d}", lowBound=0)
                 used.append(-1.0 * over)
                 cost.append(worth * over)
-            # Solvers keep a row within 1e-6, and memory is kept to the byte.
-            row = pulp.lpSum(used) <= (1 - 2e-6 if whole else 1)
+            row = pulp.lpSum(used) <= (WITHIN if whole else 1)
             model += row
             rows.append(row)
         model += pulp.lpSum(cost)
@@ -165,18 +165,12 @@ class LayeredSearch:
             for i, c in enumerate(self.columns)
         ]
         model, y, _ = self._master(offered, whole=True)
-        for row in y:  # the last column of each layer is what there is
-            for v in row:
-                v.setInitialValue(0)
-            row[-1].setInitialValue(1)
+        # The last column of each layer is what there is.
+        start_from(y, np.array([len(row) - 1 for row in y]))
         found = solve(model, seconds, solver=self.solver, warm=True)
         if found.value is None:
             return
-        chosen = [
-            cs[int(np.argmax([v.varValue or 0.0 for v in vs]))].homes
-            for cs, vs in zip(offered, y, strict=True)
-        ]
-        self._keep(chosen)
+        self._keep([cs[j].homes for cs, j in zip(offered, held_by(y), strict=True)])
 
     def _now(self, layer: int) -> Column:
         return self.oracle.column(layer, self.homes[layer])

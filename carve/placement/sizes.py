@@ -102,12 +102,7 @@ def sizes_of(program: Program, bits: int) -> Sizes:
         float(sum(precision.nbytes(p) for p in rest.values())),
         cache_bytes(program),
         [_macs(r, r.shared_size) for r in layers],
-        [
-            float(
-                sum(precision.nbytes(t) for k, t in r.tensors().items() if k.startswith("shared"))
-            )
-            for r in layers
-        ],
+        [_shared_bytes(r, precision) for r in layers],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
@@ -10,7 +9,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,16 @@ from carve.errors import UserError
 SOLVERS = ("highs", "cbc")
 GAP = 1e-3
 """Relative gap at which a search ends."""
+WITHIN = 1 - 2e-6
+"""Share of a limit for programmes to use: they keep rows within 1e-6, memory is kept exactly."""
 
 
 @dataclass(frozen=True)
 class Solved:
-    """``value`` of the best solution, None where none was found in time; a lower ``bound``.
-
-    ``feasible`` is False where it is proven that there is no solution.
-    """
+    """``value`` of the best solution, None where none was found; a lower ``bound``."""
 
     value: float | None
     bound: float
-    feasible: bool = True
 
 
 def solve(
@@ -72,11 +68,9 @@ def solve(
     constant = float(model.objective.constant or 0.0)
     value = float(info.objective_function_value) + constant if found else None
     if relaxed:
-        optimal = status == "kOptimal"
-        return Solved(
-            value, value if optimal and value is not None else -math.inf, not _none(status)
-        )
-    return Solved(value, float(info.mip_dual_bound) + constant, not _none(status))
+        proven = value is not None and status == "kOptimal"
+        return Solved(value, value if proven else -math.inf)  # type: ignore[arg-type]
+    return Solved(value, float(info.mip_dual_bound) + constant)
 
 
 @functools.cache
@@ -98,13 +92,9 @@ def _let_highs_greet() -> None:
         os.close(nowhere)
 
 
-def _none(status: str) -> bool:
-    return status in ("kInfeasible", "kUnboundedOrInfeasible")
-
-
 def _cbc(model: Any, seconds: float, warm: bool, relaxed: bool, gap: float) -> Solved:
-    with _scratch() as folder:
-        log = folder / "cbc.log"
+    with tempfile.TemporaryDirectory(prefix="carve-cbc-") as folder:
+        log = Path(folder, "cbc.log")
         chosen = pulp.PULP_CBC_CMD(
             mip=not relaxed,
             msg=False,
@@ -117,23 +107,17 @@ def _cbc(model: Any, seconds: float, warm: bool, relaxed: bool, gap: float) -> S
         )
         if not chosen.available():
             raise UserError("solver", "PuLP's CBC does not run here", "choose highs")
-        chosen.tmpDir = str(folder)
+        chosen.tmpDir = folder
         model.solve(chosen)
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     if model.status == pulp.LpStatusInfeasible:
-        return Solved(None, math.inf, False)
+        return Solved(None, math.inf)
     found = model.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     value = float(pulp.value(model.objective)) if found else None
     early = "time limit" in text or model.sol_status != pulp.LpSolutionOptimal
     if value is not None and not early:
-        return Solved(value, value - gap * abs(value), True)
+        return Solved(value, value - gap * abs(value))
     # CBC states its bound only where it stopped early, and without the objective's constant.
     stated = re.findall(r"^Lower bound:\s+(\S+)", text, re.MULTILINE)
     constant = float(model.objective.constant or 0.0)
-    return Solved(value, float(stated[-1]) + constant if stated else -math.inf, True)
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="carve-cbc-") as folder:
-        yield Path(folder)
+    return Solved(value, float(stated[-1]) + constant if stated else -math.inf)

@@ -104,16 +104,7 @@ class Engine:
         # Prepacked weights live as long as the session: outside the arena, which rounds up to
         # powers of two, they take what they need (446 MB became 158 for 128 MB of weights).
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        try:
-            self._session = ort.InferenceSession(
-                str(path), options, providers=list(PROVIDERS[target])
-            )
-        except Exception as error:  # its exceptions have no common base
-            raise ArtifactError(
-                "model",
-                f"onnxruntime {ort.__version__} cannot load {path}: {error}",
-                "upgrade onnxruntime, or compile the model again with carve",
-            ) from error
+        self._session = _session(str(path), options, target, str(path))
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
         # Inputs with a value of their own, which need not be fed.
@@ -202,17 +193,7 @@ class ExpertSession:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )
-        try:
-            options.add_external_initializers(list(tensors), [value(a) for a in tensors.values()])
-            self._session = ort.InferenceSession(
-                graph, options, providers=list(PROVIDERS["onnx-cpu"])
-            )
-        except Exception as error:
-            raise ArtifactError(
-                "model",
-                f"onnxruntime {ort.__version__} cannot load an expert: {error}",
-                "upgrade onnxruntime, or compile the model again with carve",
-            ) from error
+        self._session = _session(graph, options, "onnx-cpu", "an expert", tensors)
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """The expert's result ``[n, d]`` for rows ``x`` ``[n, d]``.
@@ -227,6 +208,30 @@ class ExpertSession:
         if y.shape != x.shape or y.dtype != x.dtype:
             raise _failed(ValueError(f"an expert gives {y.dtype} {y.shape}, not {x.shape}"))
         return y
+
+
+def _session(
+    model: str | bytes,
+    options: Any,
+    target: str,
+    what: str,
+    tensors: Mapping[str, NDArray[Any]] | None = None,
+) -> Any:
+    """An onnxruntime session of a path or a serialized graph, with external ``tensors``.
+
+    Raises:
+        ArtifactError: ``model`` when onnxruntime refuses it.
+    """
+    try:
+        if tensors is not None:
+            options.add_external_initializers(list(tensors), [value(a) for a in tensors.values()])
+        return ort.InferenceSession(model, options, providers=list(PROVIDERS[target]))
+    except Exception as error:  # its exceptions have no common base
+        raise ArtifactError(
+            "model",
+            f"onnxruntime {ort.__version__} cannot load {what}: {error}",
+            "upgrade onnxruntime, or compile the model again with carve",
+        ) from error
 
 
 def _failed(error: Exception) -> CarveRuntimeError:

@@ -10,7 +10,7 @@ from carve_runtime.errors import RequestError
 from carve_runtime.experts import ExpertFile, LocalExperts, hottest_first
 from carve_runtime.heap import give_back_freed, heap_bytes
 from carve_runtime.index import Key, SplitIndex, read_index
-from carve_runtime.manifest import Manifest
+from carve_runtime.manifest import Manifest, resolve_inside
 from carve_runtime.split import SplitEngine, Trunk
 
 PLACEMENT_NAME = "placement.json"
@@ -37,9 +37,20 @@ def load_split(
     if memory is not None and shards is not None:
         raise RequestError("argument", "give memory or shards, not both")
     index = read_index(root, manifest.files, model)
-    count = threads or os.cpu_count() or 1
     if shards is not None:
-        return _sharded(root, manifest, model, index, shards, threads, count)
+        return _sharded(root, manifest, model, index, shards, threads)
+    return open_split(index, threads=threads, memory=memory, policy=policy, prefetch=prefetch)
+
+
+def open_split(
+    index: SplitIndex,
+    *,
+    threads: int | None = None,
+    memory: int | None = None,
+    policy: str = "lfu",
+    prefetch: bool = True,
+) -> SplitEngine:
+    """A split model in this process, see `load_split`."""
     if memory is not None:
         give_back_freed()
     before = heap_bytes()
@@ -50,9 +61,13 @@ def load_split(
     if memory is not None:
         budget = _budget(memory, heap_bytes() - before, file, keys, index)
     experts = LocalExperts(
-        file, keys, budget=budget, policy=policy, prefetch=prefetch, threads=count
+        file, keys, budget=budget, policy=policy, prefetch=prefetch, threads=_threads(threads)
     )
     return SplitEngine(trunk, experts)
+
+
+def _threads(threads: int | None) -> int:
+    return threads or os.cpu_count() or 1
 
 
 def _budget(
@@ -83,9 +98,7 @@ def _sharded(
     index: SplitIndex,
     shards: int | str | os.PathLike[str],
     threads: int | None,
-    count: int,
 ) -> SplitEngine:
-    from carve_runtime.manifest import resolve_inside
     from carve_runtime.placement import contiguous, load_placement, shard_count
     from carve_runtime.shards import ShardedExperts
 
@@ -99,5 +112,7 @@ def _sharded(
         devices, homes = load_placement(Path(shards), index)
     trunk = Trunk(index, threads)
     # Cores are shared by processes that run at the same time.
-    experts = ShardedExperts(index, root, model, homes, devices, max(1, count // devices))
+    experts = ShardedExperts(
+        index, root, model, homes, devices, max(1, _threads(threads) // devices)
+    )
     return SplitEngine(trunk, experts)

@@ -185,7 +185,7 @@ def test_pass_places_within_memory_and_scores_on_the_other_half(
         Request(1e9),
         {s.name: None for s in routed.sites},
     )
-    config = PlaceConfig(str(devices), seconds=3.0, batch=1, context=0)
+    config = PlaceConfig(devices=str(devices), seconds=3.0, batch=1, context=0)
     metrics = Place(config).call(routed, context)
     assert set(metrics.scores) == {"placed", "round-robin"}
     assert all(used <= room for used, room in metrics.memory.values())
@@ -203,7 +203,7 @@ def test_too_little_memory_fails_before_the_first_pass(tmp_path: Path) -> None:
     context = Context(batches, inputs, request, plan_widths(program, request))
     devices = written(tmp_path, hub_with(9_000))
     with pytest.raises(UserError, match="memory of 'hub'"):
-        PassManager([Place(PlaceConfig(str(devices)))])(program, context)
+        PassManager([Place(PlaceConfig(devices=str(devices)))])(program, context)
 
 
 def test_dense_conversions_have_nothing_to_place() -> None:

@@ -21,6 +21,7 @@ from carve.placement.layered import LAYERED
 from carve.placement.oracle import Oracle
 from carve.placement.place import METHODS, PlaceSettings, place
 from carve.placement.problem import OBJECTIVES, Homes, Problem, hops
+from carve.placement.result import Placement
 from carve.placement.search import LayeredSearch
 from carve.placement.solver import GAP
 from carve.placement.trace import Trace
@@ -73,8 +74,8 @@ def every_placement(problem: Problem) -> list[Homes]:
     return found
 
 
-def homes_of(placed: object) -> Homes:
-    return [np.array(placed.home(i)) for i in range(len(placed.layers))]  # type: ignore[attr-defined]
+def homes_of(placed: Placement) -> Homes:
+    return placed.homes
 
 
 @settings(max_examples=1_000, deadline=None, suppress_health_check=list(HealthCheck))
