@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from carve.checkpoint import read_json
+from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
 
 SCHEMA = 1
@@ -30,8 +31,19 @@ class Artifact:
 
     @property
     def bits(self) -> int:
-        """Width of the weights that nothing else is said of, the same in every target."""
-        return int(next(iter(self.manifest["targets"].values()))["bits"])
+        """Width of the weights that nothing else is said of, the same in every target carve runs.
+
+        Raises:
+            UserError: it holds checkpoints for other engines only.
+        """
+        own = [t for n, t in self.manifest["targets"].items() if n not in FOREIGN]
+        if not own:
+            raise UserError(
+                "target",
+                f"{self.path} holds no target that carve runs",
+                "convert with --target onnx-cpu as well, or use the engine it was made for",
+            )
+        return int(own[0]["bits"])
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from carve.engine_form import FORMS, EngineForm, check_request, form_of
 from carve.errors import UserError
 
 PASS_NAMES = (
@@ -33,7 +34,7 @@ PASS_NAMES = (
     "place",
 )
 EFFORTS = ("none", "layer", "full")
-TARGETS = ("onnx-cpu", "onnx-split")
+TARGETS = tuple(FORMS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class ConvertConfig:
         reads: most bytes of weights that a token reads on average, which is what decoding takes its
             time for; widths are chosen to fit.
         targets: what to emit: ``onnx-cpu``, one file; ``onnx-split``, experts one by one, which
-            fits devices smaller than the model, or several of them.
+            fits devices smaller than the model, or several of them; ``hf``, a ``glm4_moe``
+            checkpoint for transformers, vLLM and SGLang; ``hf-granite``, a ``granitemoeshared`` one
+            for llama.cpp. The last two hold less, so the passes fit a plainer form, and their
+            weights are not quantized: the engines do that.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
@@ -58,7 +62,8 @@ class ConvertConfig:
             choose between narrower FFNs and gates, blocks and rates.
         devices: a TOML file of devices, or a preset's name: experts are placed on them.
         exact: keep the dense weights as they are: widths, routers and compensation only, so that
-            every expert on is the dense model; ``effort`` has no say then.
+            every expert on is the dense model; ``effort`` has no say then. Targets that hold no
+            biases go without compensation.
         router: ``ridge`` or ``analytical``.
         shared_share: wanted share of the active neurons that the shared expert holds.
         num_experts: fix the number of routed experts.
@@ -104,10 +109,17 @@ class ConvertConfig:
 
     @property
     def nominal_bits(self) -> int:
-        """The width of weights that nothing else is said of."""
+        """The width of weights that nothing else is said of; engines quantize checkpoints."""
+        if all(FORMS[t].plain for t in self.targets):
+            return 16
         if not self.mixed or self.bits in (4, 8):
             return int(self.bits)
         return 4
+
+    @property
+    def form(self) -> EngineForm:
+        """What the targets hold."""
+        return form_of(self.targets)
 
     @property
     def is_dense(self) -> bool:
@@ -135,6 +147,7 @@ def _check(c: ConvertConfig) -> None:
     if "onnx-split" in c.targets and (c.is_dense or c.skip):
         what = "skip gates" if c.skip else "a model without routed FFNs"
         raise UserError("target", f"onnx-split has no form of {what}", "leave one of them out")
+    check_request(c)
     if not c.targets:
         raise UserError("target", "no target is given", f"known: {', '.join(TARGETS)}")
     if c.effort not in EFFORTS:

@@ -92,6 +92,20 @@ def routings(program: Program, inputs: Sequence[Tensor]) -> list[bytes]:
     return [row.tobytes() for row in every]
 
 
+def exercised(program: Program, prompts: Sequence[tuple[Tensor, ...]]) -> int:
+    """How many routings the prompts take, 0 where nothing is routed.
+
+    Raises:
+        CarveError: one only, or none but those of the example input.
+    """
+    chosen = {r for p in prompts for r in routings(program, p)}
+    if chosen and (len(chosen) < 2 or chosen <= set(routings(program, program.example))):
+        raise CarveError(
+            "parity", "the parity prompts all take the example's routing", "give other text"
+        )
+    return len(chosen)
+
+
 def _relative(have: Tensor, want: Tensor) -> Tensor:
     error: Tensor = (have - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-20)
     return error
@@ -126,8 +140,7 @@ def check_parity(
     errors, floors, agree = [], [], []
     precision = Precision(program, bits)
     with linear_rule(precision.rule()):
-        chosen = {r for p in prompts for r in routings(program, p)}
-        example = set(routings(program, program.example))
+        chosen = exercised(program, prompts)
         wants = [program.run(*inputs)[0] for inputs in prompts]
     for inputs, result, whole in zip(prompts, got, wants, strict=True):
         have = torch.from_numpy(result[0])
@@ -150,12 +163,8 @@ def check_parity(
         float((error <= max(0.1, 3 * float(floor.quantile(0.9)))).float().mean()),
         float(torch.cat(agree).float().mean()),
         len(error),
-        len(chosen),
+        chosen,
     )
-    if chosen and (len(chosen) < 2 or chosen <= example):
-        raise CarveError(
-            "parity", "the parity prompts all take the example's routing", "give other text"
-        )
     # Quantized activations turn a rounding tie into a step, so the bound follows the width.
     bound = 1e-4 if bits >= 16 else max(2e-2, 3 * metrics.rounding_floor)
     # A NaN fails both comparisons.

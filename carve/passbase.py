@@ -203,6 +203,7 @@ class PassManager:
         passes: the pipeline.
         verify: after each pass, check the graph and that every expert on equals dense.
         measure: quality after each pass, or None.
+        before: called with each pass before it runs, or None.
     """
 
     def __init__(
@@ -211,8 +212,10 @@ class PassManager:
         *,
         verify: bool = True,
         measure: Callable[[Program], dict[str, float]] | None = None,
+        before: Callable[[Pass[Any], Program], None] | None = None,
     ) -> None:
         self.passes, self.verify, self.measure = passes, verify, measure
+        self.before = before
 
     def __call__(self, program: Program, context: Context) -> list[PassResult]:
         """Run all passes.
@@ -224,6 +227,8 @@ class PassManager:
         for p in self.passes:
             p.foresee(program, context)
         for p in self.passes:
+            if self.before is not None:
+                self.before(p, program)
             began = time.monotonic()
             try:
                 p.requires(program, context)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from carve import artifact as art
 from carve.artifact import Artifact
 from carve.config import ConvertConfig, build, parse_size, to_toml
+from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
 from carve.version import __version__
 
@@ -37,8 +38,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
     def make(cls: type[Any], settings: type[Any], **more: Any) -> Any:
         return cls(build(settings, cls.name, {**more, **config.passes.get(cls.name, {})}))
 
+    plain = config.form.plain
     router = (
-        make(p.RouteRidge, p.RouteRidgeConfig)
+        make(p.RouteRidge, p.RouteRidgeConfig, **({"dynamic": False} if plain else {}))
         if config.router == "ridge"
         else make(p.RouteAnalytical, p.RouteAnalyticalConfig)
     )
@@ -50,9 +52,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         make(p.Carve, p.CarveConfig),
         router,
     ]
-    if config.exact:
+    if config.exact and not plain:
         listed.append(make(p.Compensate, p.CompensateConfig))
-    else:
+    if not config.exact:
         listed.append(make(p.Refit, p.RefitConfig))
     if config.effort in ("layer", "full") and not config.exact:
         listed.append(make(p.Distill, p.DistillConfig))
@@ -156,7 +158,11 @@ def _convert_checkpoint(
     from carve.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
-    art.check_disk(out, checkpoint.num_parameters * config.nominal_bits // 8 + (64 << 20))
+    foreign = [t for t in config.targets if t in FOREIGN]
+    stored = sum(f.stat().st_size for f in checkpoint.weights)
+    own = checkpoint.num_parameters * config.nominal_bits // 8
+    needed = len(foreign) * stored + (own if len(foreign) < len(config.targets) else 0)
+    art.check_disk(out, needed + (64 << 20))
     program = capture_checkpoint(checkpoint)
     if program.inputs[0] != "input_ids":
         raise UserError(
@@ -208,16 +214,20 @@ class _Conversion:
         # Where a long pass keeps what it needs to go on; gone once the artifact is in place.
         self.state = out.resolve().parent / f".{out.resolve().name}.state"
         self.began = time.monotonic()
+        # What targets get whose engines quantize by themselves.
+        self.unrounded: Program | None = None
 
     def run(self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None) -> Artifact:
         """Carve, emit, check, and put the artifact in place."""
         from carve.arithmetic import as_emitted
+        from carve.engine_form import check_source
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
         from carve.realised import realised
         from carve.targets import emit_targets
 
         program = self.program
+        check_source(program, self.config.targets)
         parameters = sum(p.numel() for p in program.module.parameters())
         count = default_tokens(self.config, parameters)
         results: list[PassResult] = []
@@ -231,7 +241,7 @@ class _Conversion:
                 with as_emitted(p):
                     return as_dict(small(p))
 
-            manager = PassManager(self.passes, measure=measure)
+            manager = PassManager(self.passes, measure=measure, before=self._keep)
             results = manager(program, context)
             with as_emitted(program):
                 quality = as_dict(evaluator(program))
@@ -242,13 +252,24 @@ class _Conversion:
             skips = {}
         with art.staged(self.out) as stage:
             emitted = emit_targets(
-                program, self.config.targets, stage, self.config.nominal_bits, batches, held
+                program,
+                self.config.targets,
+                stage,
+                self.config.nominal_bits,
+                batches,
+                held,
+                self.unrounded,
             )
             report = self._report(results, emitted, quality, shares, skips)
             self._write(stage, emitted, report, folder)
             art.sync(stage)
         shutil.rmtree(self.state, ignore_errors=True)
         return Artifact.open(self.out)
+
+    def _keep(self, following: Pass[Any], program: Program) -> None:
+        """Remember the program as it is before its weights are rounded, where a target needs it."""
+        if self.config.form.plain and self.unrounded is None and following.name in _WEIGHTS_ONLY:
+            self.unrounded = program.copy()
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
         from carve.budget import make_request, plan_skips, plan_widths
@@ -258,7 +279,7 @@ class _Conversion:
 
         c = self.config
         request = make_request(
-            self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k
+            self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k, c.form
         )
         stream, held_back = hold_back(batches, judged)
         layerwise = limit_batches(stream, LAYER_TOKENS)
@@ -298,7 +319,7 @@ class _Conversion:
             "skip": {"asked": self.config.skip, "realised": shares["skip"], "blocks": skips},
             "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
             "quality": quality,
-            "bits": self.config.bits if not self.config.mixed else _asked_bits(self.config),
+            "bits": self.config.nominal_bits if not self.config.mixed else _asked_bits(self.config),
             "size": self.config.size,
             "reads": self.config.reads,
             "effort": self.config.effort,
@@ -323,17 +344,20 @@ class _Conversion:
             name = record["name"].replace(" ", "-")
             art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
         (stage / "recipe.toml").write_text(to_toml(self.config), encoding="utf-8")
+        homes = [stage, *(stage / e.folder for e in emitted.values() if e.shared_cache is None)]
         for name in TOKENIZER_FILES if folder is not None else ():
             if (folder / name).is_file():  # type: ignore[operator]
-                shutil.copyfile(folder / name, stage / name)  # type: ignore[operator]
-        shared_cache = all(e.shared_cache for e in emitted.values())
+                for home in homes:
+                    shutil.copyfile(folder / name, home / name)  # type: ignore[operator]
+        shared_cache = all(e.shared_cache is not False for e in emitted.values())
         facts = model_facts(self.program, shared_cache, folder)
         if self.program.kind == "decoder" and shared_cache and ONNX in emitted:
             art.write_json(stage / "genai_config.json", genai_config(self.program, facts))
         _write_placement(stage, self.program.notes)
         sizes = {n: _size(stage / e.folder) for n, e in emitted.items()}
-        report["bytes"] = next(iter(sizes.values()))
-        for name, size in sizes.items():
+        own = {n: s for n, s in sizes.items() if n not in FOREIGN}
+        report["bytes"] = next(iter((own or sizes).values()))
+        for name, size in own.items():
             if self.config.size is not None and size > parse_size(self.config.size, "--size"):
                 raise CarveError(
                     "size",

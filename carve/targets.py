@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from carve.engine_form import FOREIGN
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from carve.calibration import Batch
+    from carve.placement.result import Placement
     from carve.program import Program
 
 ONNX, SPLIT = "onnx-cpu", "onnx-split"
@@ -19,12 +22,15 @@ ONNX, SPLIT = "onnx-cpu", "onnx-split"
 
 @dataclass(frozen=True)
 class Emission:
-    """A target's ``folder``, the ``model`` as the manifest names it, and the report's record."""
+    """A target's ``folder``, the ``model`` as the manifest names it, and the report's record.
+
+    ``shared_cache`` is None where the target is not run by carve's runtime.
+    """
 
     folder: str
     model: str
     bits: int
-    shared_cache: bool
+    shared_cache: bool | None
     record: dict[str, Any]
 
 
@@ -35,6 +41,7 @@ def emit_targets(
     bits: int,
     calibration: Sequence[Batch],
     held: Sequence[Batch],
+    unrounded: Program | None = None,
 ) -> dict[str, Emission]:
     """Write every target below ``stage``.
 
@@ -45,6 +52,7 @@ def emit_targets(
         bits: width of weights that nothing else is said of.
         calibration: what experts' heat and predictors are taken from.
         held: prompts for parity, and text to measure locality on.
+        unrounded: the program before quantization, for targets that are written without.
 
     Raises:
         UserError: a target cannot hold the program.
@@ -56,7 +64,13 @@ def emit_targets(
     found = {}
     for name in dict.fromkeys(names):
         began = time.monotonic()
-        if name == ONNX:
+        width = bits
+        if name in FOREIGN:
+            folder, model, shared, metrics = _checkpoint(
+                unrounded or program, name, stage, prompts, program.notes.get("placement")
+            )
+            width = 32 if "float32" in metrics["dtype"] else 16
+        elif name == ONNX:
             folder, model, shared, metrics = _onnx(program, stage, bits, prompts)
         else:
             folder, model, shared, metrics = _split(
@@ -69,8 +83,26 @@ def emit_targets(
             "metrics": metrics,
             "quality": None,
         }
-        found[name] = Emission(folder, f"{folder}/{model}", bits, shared, record)
+        found[name] = Emission(folder, f"{folder}/{model}", width, shared, record)
     return found
+
+
+def _checkpoint(
+    program: Program,
+    target: str,
+    stage: Path,
+    prompts: Sequence[tuple[Tensor, ...]],
+    placement: Placement | None,
+) -> tuple[str, str, None, dict[str, Any]]:
+    from carve.emit.hf import emit_checkpoint, routed_in_order, stored_dtype
+    from carve.hf_parity import check_checkpoint
+
+    (stage / target).mkdir()
+    routed = routed_in_order(program)
+    emit_checkpoint(program, stage / target, target, routed)
+    parity = check_checkpoint(program, stage / target, target, routed, prompts)
+    metrics = {"parity": asdict(parity), "dtype": str(stored_dtype(program))}
+    return target, "config.json", None, metrics
 
 
 def _onnx(

@@ -42,7 +42,7 @@ def plan_widths(program: Program, *asked: Any, **narrowed: Any) -> dict[str, Spl
 
 def realised(program: Program, splits: dict[str, Split]) -> float:
     """Counted from the weights that the widths lead to."""
-    carved = tiny.clone(program)
+    carved = program.copy()
     for site in carved.sites:
         s = splits[site.name]
         options = {"num_experts": s.num_experts, "expert_size": s.expert_size, "top_k": s.top_k}

@@ -81,7 +81,7 @@ class Carved:
         return Context(self.batches, self.inputs, Request(0.0), splits, **more)
 
     def quantized(self, config: QuantizeConfig | None = None, **more: Any) -> tuple[Program, Any]:
-        program = tiny.clone(self.program)
+        program = self.program.copy()
         p = Quantize(config or QuantizeConfig(tokens=2_000))
         (result,) = PassManager([p])(program, self.context(**{"bits": 4, **more}))
         return program, result.metrics
@@ -261,7 +261,7 @@ def test_a_kernel_that_computes_otherwise_is_found(
 
 
 def choose(carved: Carved, **limits: float) -> tuple[dict[str, Widths], Any]:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     names = {"bits": BITS, "bytes": BYTES, "reads": READS}
     context = carved.context(limits={names[k]: v for k, v in limits.items()})
     config = ChooseWidthsConfig(tokens=128)
@@ -314,7 +314,7 @@ def test_smoothing_is_folded_away(name: str) -> None:
 
 
 def test_smoothing_pays_where_channels_are_unequal(carved: Carved) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     (result,) = PassManager([Smooth(SmoothConfig(tokens=512))])(program, carved.context(bits=4))
     assert all(g <= 1 for g in result.metrics["gain"].values())
     assert carved.loss(program) < 1e-4
@@ -339,7 +339,7 @@ def test_blocks_of_128_where_all_widths_are_multiples(carved: Carved) -> None:
 def test_widths_that_are_no_whole_blocks_are_left_to_the_emitter(
     carved: Carved, tmp_path: Path
 ) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     site = program.carved[1]
     program.set_routed(site, tiny.random_routed(site, num_experts=4, expert_size=24))
     kept = site.routed
@@ -366,7 +366,7 @@ def test_contracts(carved: Carved, four: tuple[Program, Any]) -> None:
 
 
 def test_a_tied_head_and_table_part(carved: Carved) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     (lookup,) = program.lookups
     head = program.linears[-1]
     shared = lookup.weight
@@ -381,7 +381,7 @@ def test_a_tied_head_and_table_part(carved: Carved) -> None:
 
 
 def test_twin_walk_of_an_unchanged_program_has_nothing_to_mend(carved: Carved) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     walk = twin_walk(program, carved.batches[:1], lambda: torch.nn.functional.linear)
     seen = []
     lesson = next(walk)
