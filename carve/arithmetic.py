@@ -155,6 +155,32 @@ class Precision:
         grid = self.of(weight) if weight.ndim == 2 else None
         return 4 * weight.numel() if grid is None else grid.bytes
 
+    def experts(self, routed: RoutedFFN) -> list[int]:
+        """Bytes of each routed expert's weights."""
+        stacks = [t for k, t in routed.tensors().items() if k.startswith("expert_") and t.ndim >= 2]
+        return [sum(self.nbytes(t[e]) for t in stacks) for e in range(routed.num_experts)]
+
+    def shared(self, routed: RoutedFFN) -> int:
+        """Bytes of the shared expert's weights."""
+        return sum(self.nbytes(t) for k, t in routed.tensors().items() if k.startswith("shared"))
+
+    def rest(self, program: Program) -> int:
+        """Bytes of everything but the routed experts; weights that are shared count once."""
+        moved = {
+            t.data_ptr()
+            for s in program.carved
+            if s.routed is not None
+            for k, t in s.routed.tensors().items()
+            if k.startswith("expert_") and t.ndim >= 2
+        }
+        rest = {p.data_ptr(): p for p in program.module.parameters() if p.data_ptr() not in moved}
+        return sum(self.nbytes(p) for p in rest.values())
+
+    def total(self, program: Program) -> int:
+        """Bytes of the whole program's weights."""
+        layers = [s.routed for s in program.carved if s.routed is not None]
+        return self.rest(program) + sum(sum(self.experts(r)) for r in layers)
+
     def rule(self, disturb: Callable[[Tensor], Tensor] = lambda x: x) -> LinearRule:
         """Products as the kernels compute them; ``disturb`` is applied to the activations."""
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +125,39 @@ def staged(path: Path) -> Iterator[Path]:
         raise CarveError("write", f"{path} could not be written: {e}") from e
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def amend(path: Path, texts: Mapping[str, str]) -> None:
+    """Replace or add text files of a finished artifact, with a manifest that stays true.
+
+    A copy that shares the other files takes the artifact's place as a whole, so that nobody meets
+    a file and a manifest that do not belong together.
+
+    Raises:
+        UserError: its manifest lists no files, or the disk is full.
+        CarveError: it cannot be written.
+    """
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest.get("files"), dict):
+        raise UserError("bad-manifest", f"{path / MANIFEST} lists no files")
+    with staged(path) as stage:
+        shutil.copytree(path, stage, symlinks=True, copy_function=_share, dirs_exist_ok=True)
+        for name, text in texts.items():
+            (stage / name).unlink(missing_ok=True)  # the file itself is the old artifact's too
+            (stage / name).write_text(text, encoding="utf-8")
+            manifest["files"][name] = sha256(stage / name)
+        (stage / MANIFEST).unlink()
+        write_json(stage / MANIFEST, manifest)
+        sync(stage)
+
+
+def _share(source: str, target: str) -> str:
+    """A second name for a file, or a copy where the file system knows none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def write_json(path: Path, value: Any) -> None:

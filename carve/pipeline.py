@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,6 +221,7 @@ class _Conversion:
     def run(self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None) -> Artifact:
         """Carve, emit, check, and put the artifact in place."""
         from carve.arithmetic import as_emitted
+        from carve.diagnosis import Diagnosis, costs
         from carve.engine_form import check_source
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
@@ -232,6 +234,7 @@ class _Conversion:
         count = default_tokens(self.config, parameters)
         results: list[PassResult] = []
         quality: dict[str, Any] | None = None
+        found: dict[str, Any] = {"dense": costs(program), "layers": {}, "positions": {}}
         if self.passes:
             context = self._context(batches, count.judge)
             evaluator = Evaluator(program, list(self.progress(held, "dense model")))
@@ -241,11 +244,15 @@ class _Conversion:
                 with as_emitted(p):
                     return as_dict(small(p))
 
-            manager = PassManager(self.passes, measure=measure, before=self._keep)
+            diagnosis = Diagnosis(program, small)
+            manager = PassManager(
+                self.passes, measure=measure, before=self._keep, diagnose=diagnosis.state
+            )
             results = manager(program, context)
             with as_emitted(program):
                 quality = as_dict(evaluator(program))
                 use = realised(program, held[:4])
+            found |= {"layers": diagnosis.layers(program, use), "positions": use.positions()}
             shares, skips = use.share(), use.skips()
         else:
             shares = {"budget": 1.0, "ffn_active": 1.0, "skip": 0.0}
@@ -260,7 +267,7 @@ class _Conversion:
                 held,
                 self.unrounded,
             )
-            report = self._report(results, emitted, quality, shares, skips)
+            report = {**self._report(results, emitted, quality, shares, skips), **found}
             self._write(stage, emitted, report, folder)
             art.sync(stage)
         shutil.rmtree(self.state, ignore_errors=True)
@@ -337,13 +344,15 @@ class _Conversion:
     ) -> None:
         from carve.checkpoint import TOKENIZER_FILES
         from carve.emit.genai import genai_config
+        from carve.report.files import report_files
         from carve.targets import ONNX
 
         (stage / "passes").mkdir()
         for i, record in enumerate(report["passes"]):
             name = record["name"].replace(" ", "-")
             art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
-        (stage / "recipe.toml").write_text(to_toml(self.config), encoding="utf-8")
+        recipe = to_toml(self.config)
+        (stage / "recipe.toml").write_text(recipe, encoding="utf-8")
         homes = [stage, *(stage / e.folder for e in emitted.values() if e.shared_cache is None)]
         for name in TOKENIZER_FILES if folder is not None else ():
             if (folder / name).is_file():  # type: ignore[operator]
@@ -365,7 +374,6 @@ class _Conversion:
                     f"{self.config.size}",
                     "this is a defect of carve's estimate; ask for a little less and report it",
                 )
-        art.write_json(stage / "report.json", report)
         manifest = {
             "schema": art.SCHEMA,
             "carve": __version__,
@@ -373,9 +381,13 @@ class _Conversion:
             "source": self.source,
             "model": facts,
             "targets": {n: {"model": e.model, "bits": e.bits} for n, e in emitted.items()},
-            "files": art.hashes(stage),
         }
-        art.write_json(stage / art.MANIFEST, manifest)
+        report["recipe"] = tomllib.loads(recipe)
+        placed = self.program.notes.get("placement")
+        pages = report_files(report, manifest, None if placed is None else placed.as_dict())
+        for name, text in pages.items():
+            (stage / name).write_text(text, encoding="utf-8")
+        art.write_json(stage / art.MANIFEST, {**manifest, "files": art.hashes(stage)})
 
 
 def _write_placement(stage: Path, notes: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 def table(rows: list[list[str]]) -> str:
     """Rows as aligned columns: the first left, the others right; a rule under the head."""
+    rows = [["".join(c if c.isprintable() else "?" for c in cell) for cell in r] for r in rows]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
 
     def line(row: list[str]) -> str:
