@@ -22,9 +22,10 @@ def show(path: str, page: str | None) -> tuple[dict[str, Any], str]:
         CarveError: the page cannot be written.
     """
     source = read_source(path)
+    if page is not None:
+        return source.report, str(write_page(source, page))
     with reading(str(source.path)):
-        text = render(source.report)
-    return source.report, text if page is None else str(write_page(source, page))
+        return source.report, render(source.report)
 
 
 def compare(old: str, new: str, page: str | None) -> tuple[dict[str, Any], str]:

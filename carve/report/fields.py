@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from carve.errors import UserError
 
 Key = str | int
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+_LARGEST = 1e100
 _AGAIN = "is this a report that carve wrote?"
 
 
@@ -75,14 +75,12 @@ class Field:
         return [self._at(i, v) for i, v in enumerate(self._list())]
 
     def number(self) -> float | None:
-        """A finite number; None where it is missing, infinite or NaN."""
+        """A finite number; None where it is missing, NaN or beyond all reason."""
         if self.value is None:
             return None
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             raise self._refuse("a number")
-        if isinstance(self.value, int) and abs(self.value) > 1 << 1000:
-            return None
-        return float(self.value) if math.isfinite(self.value) else None
+        return float(self.value) if abs(self.value) < _LARGEST else None  # NaN is not, either
 
     def text(self, default: str = "") -> str:
         """A text."""

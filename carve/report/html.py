@@ -10,7 +10,7 @@ from typing import Any
 
 from carve.report.charts import Bar, bars
 from carve.report.fields import Field, reading
-from carve.report.layers import layer_sections
+from carve.report.layers import layer_sections, lost_by_layer
 from carve.report.page import details, figure, grid, page, section, table
 from carve.report.shown import (
     NOTHING,
@@ -26,11 +26,13 @@ from carve.report.shown import (
     seconds,
     show,
 )
-from carve.report.summary import summary
+from carve.report.summary import NOTICED, summary
 
+MOST = 8
+"""Layers on the first screen."""
 MEASURES = {
-    "log-perplexity": ("perplexity", fixed(2), fixed(4, signed=True)),
-    "1 - cosine": ("cosine_mean", fixed(4), fixed(4, signed=True)),
+    "KL": ("perplexity", fixed(2)),
+    "1 - cosine": ("cosine_mean", fixed(4)),
 }
 
 
@@ -80,14 +82,15 @@ def _head(r: Field, about: Field, title: str) -> str:
     line = " · ".join(f for f in facts if f)
     return (
         f'<header><h1><span class="name">{escape(title)}</span>, dense to routed</h1>'
-        f'<p class="soft">{line}</p>{_verdict(r)}</header>{_first(r)}{_where(r)}'
+        f'<p class="soft">{line}</p>{_verdict(r)}</header>'
+        f'<div class="top"><div>{_first(r)}</div><div>{_where(r)}</div></div>'
     )
 
 
 def _bits(r: Field) -> Shown:
     value = r["bits"].value
     if isinstance(value, str):
-        return Shown(f"{r['bits'].text()}, mixed")
+        return Shown("mixed")
     return show(r["bits"], plain)
 
 
@@ -99,7 +102,7 @@ def _verdict(r: Field) -> str:
     if ratio:
         said[0] += f" and decodes at <b>{show(ratio, fixed(2)).html} times</b> the dense speed"
     q = r["quality"]
-    if s["measure"].text() == "log-perplexity":
+    if s["measure"].text() == "KL":
         said.append(
             f"Perplexity on held-out text goes from {show(q['dense_perplexity'], fixed(2)).html} "
             f"to <b>{show(q['perplexity'], fixed(2)).html}</b>"
@@ -134,19 +137,19 @@ def _first(r: Field) -> str:
             show(ratio["macs"], percent()),
         ),
         (
-            "Size of the weights",
+            "Size of the weights (dense: fp32)",
             show(dense["bytes"], nbytes),
             show(r["bytes"], nbytes),
             show(ratio["bytes"], percent()),
         ),
         (
-            "Weights a token reads",
+            "Weights a token reads (dense: fp32)",
             show(dense["reads"], nbytes),
             show(s["reads"], nbytes),
             show(ratio["reads"], percent()),
         ),
     ]
-    if s["measure"].text() == "log-perplexity":
+    if s["measure"].text() == "KL":
         rows += [
             (
                 "Perplexity",
@@ -185,7 +188,7 @@ def _first(r: Field) -> str:
     said = f" Quality on {show(q['tokens'], amount).html} held-out tokens." if q else ""
     cells = [[escape(label), a.html, b.html, c.html] for label, a, b, c in rows]
     return (
-        table(["", "dense, fp32", "routed", "of dense"], cells, "first")
+        table(["", "dense", "routed", "of dense"], cells, "first")
         + f'<p class="lead">{note}{said}</p>'
     )
 
@@ -198,43 +201,33 @@ def _where(r: Field) -> str:
     by_pass = [
         Bar(p["name"].text(), v, show(p["change"], change), kind="loss" if v > 0 else "gain")
         for p in s["passes"].each()
-        if (v := p["change"].number()) is not None and abs(v) >= 5e-5
+        if (v := p["change"].number()) is not None and abs(v) > NOTICED
     ]
-    names = _short(r)
-    by_layer = [
-        Bar(names[n], v, show(each["loss"], change), kind="loss" if v > 0 else "gain")
-        for n, each in r["layers"].items()
-        if (v := each["loss"].number()) is not None
-    ]
-    loss = "KL" if measure == "log-perplexity" else measure
-    shown = grid(
-        figure(
-            "Lost by pass",
-            bars("Loss by pass", f"Change of {measure} through every pass", by_pass),
-            f"Change of {escape(measure)} through the pass; a minus is quality won back.",
+    by_layer = lost_by_layer(r, MOST)
+    return "".join(
+        (
+            figure(
+                "Lost by pass",
+                bars("Loss by pass", f"Change of {measure} through every pass", by_pass),
+                f"Change of {escape(measure)} through the pass; a minus is quality won back.",
+            )
+            if by_pass
+            else "",
+            figure(
+                "Lost by layer",
+                bars("Loss by layer", f"{measure} that the dense FFN would give back", by_layer),
+                f"What {escape(measure)} falls by when this FFN alone is the dense one again; "
+                "largest first.",
+            )
+            if by_layer
+            else "",
         )
-        if by_pass
-        else "",
-        figure(
-            "Lost by layer",
-            bars("Loss by layer", f"{loss} that the dense FFN would give back", by_layer),
-            f"What {escape(loss)} falls by when this FFN alone is the dense one again.",
-        )
-        if by_layer
-        else "",
     )
-    return section("Where quality was lost", "", shown)
-
-
-def _short(r: Field) -> dict[str, str]:
-    from carve.report.shown import shorter
-
-    return shorter([n for n, _ in r["layers"].items()])
 
 
 def _passes(r: Field) -> str:
     passes = r["passes"].each()
-    quality, form, _ = MEASURES.get(r["summary"]["measure"].text(), ("", plain, None))
+    quality, form = MEASURES.get(r["summary"]["measure"].text(), ("", plain))
     charts = [
         _waterfall(
             "Active compute",
@@ -318,7 +311,7 @@ def _waterfall(
         value = field.number()
         if value is None:
             continue
-        moved = abs(value - before) > 1e-4 * abs(before)
+        moved = abs(value - before) > 3e-3 * abs(first)
         kind = "plain" if not moved else "loss" if value > before else "gain"
         rows.append(Bar(p["name"].text(), value, show(field, form), before, kind))
         before = value

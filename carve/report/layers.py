@@ -29,6 +29,23 @@ def layer_sections(r: Field, placement: Field) -> list[str]:
     ]
 
 
+def lost_by_layer(r: Field, most: int | None = None) -> list[Bar]:
+    """What every layer lost, in order; or the ``most`` that lost most, largest first."""
+    found = [
+        (n, each["loss"], v)
+        for n, each in r["layers"].items()
+        if (v := each["loss"].number()) is not None
+    ]
+    names = shorter([n for n, _ in r["layers"].items()])
+    if most is not None:
+        found = sorted(found, key=lambda f: -f[2])[:most]
+    change = fixed(4, signed=True)
+    return [
+        Bar(names[n], v, show(field, change), kind="loss" if v > 0 else "gain")
+        for n, field, v in found
+    ]
+
+
 def _errors(r: Field, names: dict[str, str]) -> str:
     series: list[Line] = []
     for p in r["passes"].each():
@@ -52,7 +69,14 @@ def _errors(r: Field, names: dict[str, str]) -> str:
         "How far the stream behind each FFN is from the dense model's, after every pass that moved "
         "it: squared error over squared size, on held-out tokens. At the right of each pass, the "
         "last layer's figure.",
-        figure("Relative error of the stream", chart),
+        grid(
+            figure("Relative error of the stream", chart),
+            figure(
+                "Lost by layer",
+                bars("Loss by layer", "What the dense FFN would give back", lost_by_layer(r)),
+                "What the whole model's loss falls by when this FFN alone is the dense one again.",
+            ),
+        ),
     )
 
 
@@ -128,7 +152,8 @@ def _routing(r: Field, names: dict[str, str]) -> str:
     routed = [(n, each) for n, each in r["layers"].items() if each["load"]]
     if not routed:
         return ""
-    most = max((v for _, e in routed for f in e["load"].each() if (v := f.number())), default=1.0)
+    loads = [f.number() or 0.0 for _, e in routed for f in e["load"].each()]
+    most = max([*loads, 0.0]) or 1.0
     rows = []
     for n, each in routed:
         cells = [

@@ -29,10 +29,14 @@ p{margin:0 0 10px;max-width:72ch}
 .loss{color:var(--loss)}.gain{color:var(--gain)}
 .name{overflow-wrap:anywhere}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr));gap:26px 44px}
+.grid+.grid,.grid+table{margin-top:28px}
+.top{display:grid;grid-template-columns:minmax(0,1.25fr) minmax(0,1fr);gap:10px 56px}
+.top figure+figure{margin-top:20px}.top .lead{margin-top:10px}
+@media(max-width:860px){.top{grid-template-columns:minmax(0,1fr)}}
 figure{margin:0;min-width:0}
 figcaption{font-size:13px;color:var(--soft);margin-top:4px;max-width:56ch}
 svg{display:block;width:100%;max-width:470px;height:auto;overflow:visible}
-svg.chip{display:inline-block;width:10px;height:10px;margin:0 5px 0 12px}
+svg.chip{display:inline-block;width:10px;height:10px;margin-right:5px}
 svg text{font-size:11px;fill:var(--ink)}
 svg text.tick,svg text.name{fill:var(--soft)}
 svg text.loss{fill:var(--loss)}svg text.gain{fill:var(--gain)}
@@ -50,14 +54,15 @@ path{fill:none}
 .l2{stroke:var(--l2);color:var(--l2)}.l3{stroke:var(--l3);color:var(--l3)}
 .l4{stroke:var(--l4);color:var(--l4)}.l5,.line.last{stroke:var(--l5);color:var(--l5)}
 .dot{fill:currentColor;stroke:none}
-.key{display:inline-block;width:10px;height:10px;margin:0 5px 0 12px;border-radius:2px}
+.key{display:inline-block;width:10px;height:10px;margin:0 5px 0 0;border-radius:2px}
+.keyed{margin-right:14px;white-space:nowrap}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{padding:5px 0 5px 16px;text-align:right;border-bottom:1px solid var(--rule);
 vertical-align:top}
 th{font-weight:600;font-size:12.5px;color:var(--soft);vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 table.words td{text-align:left;overflow-wrap:anywhere}table.words th{text-align:left}
-table.first{max-width:760px;font-size:15px}table.first td:first-child{color:var(--soft)}
+table.first{max-width:760px}table.first td:first-child{color:var(--soft)}
 details{margin-top:16px}summary{cursor:pointer;color:var(--soft);font-size:14px}
 code{font:13px ui-monospace,"DejaVu Sans Mono",monospace}
 @media(max-width:600px){
@@ -133,4 +138,7 @@ def details(heading: str, body: str) -> str:
 
 def legend(items: Sequence[tuple[str, str]]) -> str:
     """Classes of colour and, as HTML, what they stand for."""
-    return "".join(f'<span class="key {kind}"></span>{text}' for kind, text in items)
+    return "".join(
+        f'<span class="keyed"><span class="key {kind}"></span>{text}</span> '
+        for kind, text in items
+    )

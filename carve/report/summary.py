@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from carve.report.fields import Field
+
+NOTICED = 5e-5
+"""A change of loss that is worth a word."""
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Changes from the dense model to the artifact, and where quality went.
 
-    ``measure``: of loss, ``log-perplexity``, ``1 - cosine`` or None where none was measured.
-    ``loss``: its increase over the dense model on all held-out text. ``passes``: by pass in order
+    ``measure``: of loss, ``KL`` to the dense model, ``1 - cosine``, or None where none was taken.
+    ``loss``: its value on all held-out text. ``passes``: by pass in order
     its increase through the pass, on the text that is run after every pass. ``worst_pass`` and
     ``worst_layer``: the largest increase, and the layer whose dense FFN would give most back
     (`carve.diagnosis.Diagnosis.layers`). ``ratio``: routed over dense, of ``macs`` (held-out text),
@@ -58,22 +60,21 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 
 def _worst(items: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
     found = max(items, key=lambda i: float(i[key]), default=None)
-    return found if found is not None and found[key] > 0 else None
+    return found if found is not None and found[key] > NOTICED else None
 
 
 def _measure(r: Field) -> str | None:
     for quality in (r["quality"], *(p["quality"] for p in r["passes"].each())):
-        if quality["perplexity"].number() is not None:
-            return "log-perplexity"
+        if quality["kl"].number() is not None:
+            return "KL"
         if quality["cosine_mean"].number() is not None:
             return "1 - cosine"
     return None
 
 
 def _loss(quality: Field, measure: str | None) -> float | None:
-    if measure == "log-perplexity":
-        new, old = quality["perplexity"].number(), quality["dense_perplexity"].number()
-        return None if not new or not old or min(new, old) <= 0 else math.log(new / old)
+    if measure == "KL":
+        return quality["kl"].number()
     cosine = quality["cosine_mean"].number()
     return None if cosine is None else 1.0 - cosine
 

@@ -32,6 +32,7 @@ def bits_section(r: Field, names: dict[str, str]) -> str:
     if not found:
         return ""
     chosen = metrics(r, "choose_widths")
+    names = names or shorter([n for n, _ in found["experts"].items()])
     rows, seen = [], set()
     for n, each in found["experts"].items():
         cells: list[Cell | None] = []
@@ -49,9 +50,10 @@ def bits_section(r: Field, names: dict[str, str]) -> str:
             f"{show(chosen['predicted'], fixed(4)).html} before fitting (no choice is under "
             f"{show(chosen['bound'], fixed(4)).html})."
         )
-    key = "".join(
-        f'<svg class="chip" viewBox="0 0 10 10"><rect class="plain" width="10" height="10" '
-        f'fill-opacity="{_depth(b):.2f}"/></svg><span class="tick">{b:.0f} bits</span>'
+    key = " ".join(
+        f'<span class="keyed"><svg class="chip" viewBox="0 0 10 10"><rect class="plain" width="10" '
+        f'height="10" fill-opacity="{_depth(b):.2f}"/></svg><span class="tick">{b:.0f} bits</span>'
+        "</span>"
         for b in sorted(b for b in seen if b is not None)
     )
     chart = ""
@@ -66,7 +68,7 @@ def bits_section(r: Field, names: dict[str, str]) -> str:
                     "column",
                     ("shared", "last expert"),
                 ),
-                f"The first column is the shared expert. {key}",
+                f"{key}<br>The first column is the shared expert.",
             )
         )
     agreement = [
