@@ -10,7 +10,7 @@ from typing import Any
 
 from carve.report.charts import Bar, bars
 from carve.report.fields import Field, reading
-from carve.report.layers import layer_sections, lost_by_layer
+from carve.report.layers import MOST, layer_sections, lost_by_layer
 from carve.report.page import details, figure, grid, page, section, table
 from carve.report.shown import (
     NOTHING,
@@ -28,8 +28,6 @@ from carve.report.shown import (
 )
 from carve.report.summary import NOTICED, summary
 
-MOST = 8
-"""Layers on the first screen."""
 MEASURES = {
     "KL": ("perplexity", fixed(2)),
     "1 - cosine": ("cosine_mean", fixed(4)),
@@ -311,7 +309,7 @@ def _waterfall(
         value = field.number()
         if value is None:
             continue
-        moved = abs(value - before) > 3e-3 * abs(first)
+        moved = abs(value - before) > 0.01 * abs(first)
         kind = "plain" if not moved else "loss" if value > before else "gain"
         rows.append(Bar(p["name"].text(), value, show(field, form), before, kind))
         before = value

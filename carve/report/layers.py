@@ -13,7 +13,11 @@ from carve.report.shown import (
     shorter,
     show,
 )
+from carve.report.summary import NOTICED
 from carve.report.weights import bits_section, metrics, placement_section
+
+MOST = 8
+"""Layers on the first screen."""
 
 
 def layer_sections(r: Field, placement: Field) -> list[str]:
@@ -75,7 +79,9 @@ def _errors(r: Field, names: dict[str, str]) -> str:
                 "Lost by layer",
                 bars("Loss by layer", "What the dense FFN would give back", lost_by_layer(r)),
                 "What the whole model's loss falls by when this FFN alone is the dense one again.",
-            ),
+            )
+            if len(names) > MOST
+            else "",
         ),
     )
 
@@ -126,7 +132,11 @@ def _allocation(r: Field, names: dict[str, str]) -> str:
         "Allocation, predicted and realised",
         said,
         grid(
-            figure("Active share of each FFN", chart, "Bar: held-out tokens; mark: as planned."),
+            figure(
+                "Active share of each FFN",
+                chart,
+                "Bar: held-out tokens, those that skip it counted as none; mark: as planned.",
+            ),
         ),
         details("By layer", table(head, cells)),
     )
@@ -140,7 +150,8 @@ def _realised(r: Field) -> str:
         q = p["quality"]
         field = q["kl"] if q["kl"] else q["cosine_mean"]
         value = field.number()
-        if value is None or value == before or p["name"].text() in ("profile", "allocate", "carve"):
+        first = p["name"].text() in ("profile", "allocate", "carve")
+        if value is None or value == before or first or (q["kl"] and value < NOTICED):
             continue
         before = value
         kind = "KL" if q["kl"] else "cosine"
