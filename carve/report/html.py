@@ -236,7 +236,7 @@ def _passes(r: Field) -> str:
         ),
         _waterfall(
             "Size of the weights",
-            "fp32 until a pass quantizes",
+            "weights alone, fp32 until a pass quantizes",
             r["dense"]["bytes"],
             [(p, p["state"]["bytes"]) for p in passes],
             nbytes,
