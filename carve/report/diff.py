@@ -210,7 +210,7 @@ def diff_html(found: dict[str, Any]) -> str:
     tables = {}
     for key, forms in (("passes", _PASS), ("layers", _LAYER)):
         head, body = _table(d[key], forms, html)
-        tables[key] = table(["", *head], [[name(r[0]), *r[1:]] for r in body])
+        tables[key] = table(["", *head], [[name(r[0]), *r[1:]] for r in body], "stack three")
     return page(
         f"{title}: carve report",
         f'<header><h1><span class="name">{escape(title)}</span>, side by side</h1>'

@@ -27,7 +27,7 @@ p{margin:0 0 10px;max-width:72ch}
 .verdict{font-size:18px;line-height:1.45;margin:16px 0 18px;max-width:62ch}
 .verdict b{font-weight:650}
 .loss{color:var(--loss)}.gain{color:var(--gain)}
-.name{overflow-wrap:anywhere}
+.name{overflow-wrap:anywhere}[data-at]{white-space:nowrap}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr));gap:26px 44px}
 .grid+.grid,.grid+table{margin-top:28px}
 .top{display:grid;grid-template-columns:minmax(0,1.25fr) minmax(0,1fr);gap:10px 56px}
@@ -74,6 +74,9 @@ table.stack td{border:0;padding:1px 0;display:flex;justify-content:space-between
 table.stack td:first-child{grid-column:1/-1;font-weight:600}
 table.stack td:not(:first-child)::before{content:attr(data-label);color:var(--soft);font-size:13px;
 text-align:left}
+table.three tr{grid-template-columns:repeat(3,1fr)}
+table.three td:not(:first-child){flex-direction:column;gap:0;text-align:left}
+table.words{table-layout:fixed}
 table.first th,table.first td{padding-left:8px}
 table.first th:first-child,table.first td:first-child{padding-left:0}
 table.first{font-size:14px}
