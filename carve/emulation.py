@@ -42,7 +42,8 @@ class EmulationMetrics:
 def check_nodes(path: Path, feeds: Arrays) -> EmulationMetrics:
     """Run the model with the inputs and result of every quantized node as results of its own.
 
-    Nodes inside the branches of a gate cannot give results; they run alone on random inputs.
+    Nodes inside the branches of a gate cannot give results, and those of an expert that no token
+    takes give none; they run alone on random inputs.
 
     Args:
         path: the emitted model; a copy of its graph is written beside it for the time of the run.
@@ -106,10 +107,11 @@ def _observed(path: Path, feeds: Arrays) -> Iterator[tuple[ir.Node, dict[str, np
     model.graph.outputs.extend(v for k, v in wanted.items() if k not in given)
     found = {**feeds, **(_results(model, path, feeds) if outer else {})}
     for node in nodes:
+        seen = {}
         if node.graph is model.graph:
-            yield node, {str(v.name): found[str(v.name)] for v in (*_moving(node), *node.outputs)}
-        else:
-            yield node, _alone(node)
+            seen = {str(v.name): found[str(v.name)] for v in (*_moving(node), *node.outputs)}
+        # An expert that no token of these inputs takes has seen nothing.
+        yield node, seen if seen and all(v.size for v in seen.values()) else _alone(node)
 
 
 def _results(model: ir.Model, path: Path, feeds: Arrays) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,23 @@ def test_emitted_as_it_was_fitted(
     moe = [n for n in nodes if n.op_type == "QMoE"]
     assert len(moe) == len(program.carved) * (2 if case == "mixed" else 1)
     assert [p.name for p in tmp_path.iterdir() if "probe" in p.name] == []
+
+
+def test_an_expert_that_no_token_takes_is_checked_too(
+    captured: Callable[[str], tiny.Captured], tmp_path: Path
+) -> None:
+    found = captured("bert")
+    site = found.program.sites[0]
+    routed = tiny.random_routed(site, dynamic=True)
+    assert routed.router_bias is not None
+    starved = routed.router_bias.clone()
+    starved[1] = -1e6
+    found.program.set_routed(site, replace(routed, router_bias=starved))
+    emit(found.program, tmp_path / "m.onnx", 8)
+    model = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    nodes = [n for n in model.graph.node if n.op_type in ("MatMulNBits", "QMoE")]
+    feeds = feeds_of(found.program, found.inputs, [*found.program.inputs, "attention_mask"])
+    assert check_nodes(tmp_path / "m.onnx", feeds).nodes == len(nodes)
 
 
 def test_a_damaged_weight_is_found(
