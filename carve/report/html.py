@@ -115,7 +115,7 @@ def _verdict(r: Field) -> str:
         change = show(s["worst_pass"]["change"], fixed(4, signed=True)).html
         worst.append(
             f"in the pass <b>{name(s['worst_pass']['name'].text())}</b> "
-            f'(<span class="loss">{change}</span> {escape(s["measure"].text())})'
+            f'({escape(s["measure"].text())} <span class="loss">{change}</span>)'
         )
     if s["worst_layer"]:
         worst.append(f"at the layer <b>{name(s['worst_layer']['name'].text())}</b>")
@@ -175,13 +175,14 @@ def _first(r: Field) -> str:
                     show(part["ratio"], percent()),
                 )
             )
+    note = ""
     if speed:
         note = (
             f"Speed: both at {show(speed['bits'], plain).html} bits in the same engine, "
             f"{show(speed['threads'], plain).html} threads; medians of "
             f"{show(speed['repeats'], plain).html} interleaved pairs."
         )
-    else:
+    elif s["measure"].text() != "1 - cosine":  # bench times decoders
         note = "Speed is not measured yet: <code>carve bench DIR</code> measures and adds it."
     said = f" Quality on {show(q['tokens'], amount).html} held-out tokens." if q else ""
     cells = [[escape(label), a.html, b.html, c.html] for label, a, b, c in rows]
