@@ -67,7 +67,7 @@ def splits_of(
 
     Kernels deal the chosen experts to their threads in turn, so ``top_k`` is 4 (2 with fewer than
     8 experts), and the number of experts even, unless they are given. ``form`` may ask for a shared
-    expert of whole routed ones.
+    expert of whole routed ones, which leaves few sizes: ``top_k`` is 3 to 6 then.
     """
     size = site.dense.intermediate_size
     unit = BLOCK if size % BLOCK == 0 and size >= 8 * BLOCK else max(1, size // 32)
@@ -75,7 +75,9 @@ def splits_of(
     found = []
     for e in experts:
         k = top_k or (4 if e >= 8 else min(2, e - 1))
-        found += [Split(size - e * m, m, e, k) for m in range(unit, size // e + 1, unit) if k <= e]
+        several = (3, 4, 5, 6) if form.whole_shared and e >= 8 and not top_k else (k,)
+        sizes = range(unit, size // e + 1, unit)
+        found += [Split(size - e * m, m, e, k) for m in sizes for k in several if k <= e]
     if form.whole_shared:
         return [s for s in found if s.shared_size and s.shared_size % s.expert_size == 0]
     return found

@@ -428,7 +428,7 @@ def _limits(config: ConvertConfig) -> dict[str, float]:
 
 
 def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir())
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> dict[str, Any]:

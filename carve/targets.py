@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from carve.calibration import Batch
-    from carve.placement.result import Placement
     from carve.program import Program
 
 ONNX, SPLIT = "onnx-cpu", "onnx-split"
@@ -67,7 +66,7 @@ def emit_targets(
         width = bits
         if name in FOREIGN:
             folder, model, shared, metrics = _checkpoint(
-                unrounded or program, name, stage, prompts, program.notes.get("placement")
+                unrounded or program, name, stage, prompts, program.notes
             )
             width = 32 if "float32" in metrics["dtype"] else 16
         elif name == ONNX:
@@ -92,16 +91,28 @@ def _checkpoint(
     target: str,
     stage: Path,
     prompts: Sequence[tuple[Tensor, ...]],
-    placement: Placement | None,
+    notes: Mapping[str, Any],
 ) -> tuple[str, str, None, dict[str, Any]]:
+    from carve.emit.handover import hand_over, write_handover
     from carve.emit.hf import emit_checkpoint, routed_in_order, stored_dtype
     from carve.hf_parity import check_checkpoint
 
     (stage / target).mkdir()
-    routed = routed_in_order(program)
+    handed = None
+    if "placement" in notes:
+        handed = hand_over(notes["placement"], notes["trace"].loads())
+        (stage / target / "handover").mkdir()
+    routed = routed_in_order(program, handed.orders if handed else None)
+    if handed:
+        experts = next(iter(routed.values())).num_experts
+        write_handover(handed, stage / target / "handover", len(program.sites), experts)
     emit_checkpoint(program, stage / target, target, routed)
     parity = check_checkpoint(program, stage / target, target, routed, prompts)
-    metrics = {"parity": asdict(parity), "dtype": str(stored_dtype(program))}
+    metrics = {
+        "parity": asdict(parity),
+        "dtype": str(stored_dtype(program)),
+        "placement_baked": handed.baked if handed else None,
+    }
     return target, "config.json", None, metrics
 
 

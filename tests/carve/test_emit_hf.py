@@ -261,14 +261,25 @@ def test_conversion_writes_what_was_not_rounded(checkpoint: Path, tmp_path: Path
     assert alone.report["budget"]["realised"] <= 0.7
 
 
+_LINK = '[[link]]\nbetween = ["*", "*"]\npreset = "ethernet"\n'
+
+
 @pytest.mark.parametrize("effort", ["layer", "full"])
 def test_passes_keep_to_the_form_of_every_target(
     checkpoint: Path, tmp_path: Path, effort: str
 ) -> None:
-    short = ("--set", "distill.steps=2", "--set", "finetune.tokens=600")
+    short = ["--set", "distill.steps=2", "--set", "finetune.tokens=600"]
+    if effort == "layer":
+        devices = tmp_path / "devices.toml"
+        devices.write_text('[[device]]\nname = "a"\npreset = "laptop"\n' * 2)
+        devices.write_text(devices.read_text().replace('"a"', '"b"', 1) + _LINK)
+        short += ["--devices", devices, "--set", "place.objective=exflow"]
     argv = ["convert", checkpoint, "-o", tmp_path / "x", *_QUICK, "--target", "hf-granite,hf"]
     assert cli.main([str(a) for a in (*argv, *short, "--effort", effort, "--json")]) == 0
     report = carve.Artifact.open(tmp_path / "x").report
     found = [p["metrics"]["parity"] for p in report["passes"] if p["name"].startswith("emit")]
     assert len(found) == 2
     assert all(p["top1_agreement"] == 1.0 and p["worst_logit"] < 1e-2 for p in found)
+    facts = tmp_path / "x" / "hf" / "handover" / "handover.json"
+    assert facts.is_file() == (effort == "layer")
+    assert effort != "layer" or json.loads(facts.read_text())["baked"]
