@@ -363,13 +363,16 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    from carve.artifact import Artifact
+    from carve.artifact import REPORT, Artifact
+    from carve.files import looking_into
 
     report = Artifact.open(args.artifact).report
     if not args.json:
         from carve.report import render
 
-        _out(render(report))
+        with looking_into(Path(args.artifact) / REPORT):
+            text = render(report)
+        _out(text)
     return report
 
 
