@@ -216,9 +216,9 @@ def parse_size(text: str | int, name: str) -> int:
         raise UserError("config", e.message, e.hint) from e
 
 
-def nearest(word: str, words: tuple[str, ...] | list[str]) -> str:
+def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
     """``; did you mean 'x'?`` for the nearest of ``words``, or their list."""
-    found = difflib.get_close_matches(word, words, 1)
+    found = difflib.get_close_matches(str(word)[:100], words, 1)
     return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(words)}"
 
 

@@ -93,7 +93,7 @@ def parse_json(data: bytes, *, finite: bool = True) -> Any:
     except MemoryError as error:
         raise FileError("does not fit in memory") from error
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_MAX_DEPTH):
+    for _ in range(_MAX_DEPTH + 1):
         if not level:
             return value
         level = [
