@@ -99,6 +99,7 @@ def fuzz(name: str, work: Path, options: list[str]) -> None:
             from fuzz_carve import targets
     with tempfile.TemporaryDirectory(dir=work) as folder:
         box = Path(folder)
+        tempfile.tempdir = folder  # where libraries may write what they please
         target = targets(seeds, box)[name]()
         watch = Watch(box)
 
