@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carve.checkpoint import read_json
 from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
+from carve.files import looking_into, read_json
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
+MANIFEST, REPORT = "manifest.json", "report.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Artifact:
                 f"{self.path} holds no target that carve runs",
                 "convert with --target onnx-cpu as well, or use the engine it was made for",
             )
-        return int(own[0]["bits"])
+        with looking_into(self.path / MANIFEST):
+            return int(own[0]["bits"])
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
@@ -51,6 +52,7 @@ class Artifact:
 
         Raises:
             UserError: it is not an artifact.
+            ArtifactError: its manifest is malformed, or its files lie elsewhere.
         """
         root = Path(path)
         if not root.is_dir():
@@ -59,7 +61,11 @@ class Artifact:
             raise UserError(
                 "not-artifact", f"{root} holds no {MANIFEST}", "make one with carve convert"
             )
-        return cls(root, read_json(root / MANIFEST), read_json(root / "report.json"))
+        from carve_runtime.manifest import read_manifest, resolve_inside
+
+        read_manifest(root)  # which refuses what is not one
+        report = resolve_inside(root.resolve(), REPORT)
+        return cls(root, read_json(root / MANIFEST), read_json(report, finite=False))
 
 
 def check_output(path: Path) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from carve.engine_form import FORMS, EngineForm, check_request, form_of
 from carve.errors import UserError
+from carve.files import parse_toml, read_toml
 
 PASS_NAMES = (
     "place_gates",
@@ -80,8 +82,8 @@ class ConvertConfig:
     budget: float | None = None
     ffn_active: float | None = None
     bits: int | float | str = 4
-    size: str | None = None
-    reads: str | None = None
+    size: int | str | None = None
+    reads: int | str | None = None
     targets: tuple[str, ...] = TARGETS[:1]
     effort: str = "layer"
     skip: float | str = 0.0
@@ -199,7 +201,7 @@ def _check_bits(c: ConvertConfig) -> None:
                 )
 
 
-def parse_size(text: str, name: str) -> int:
+def parse_size(text: str | int, name: str) -> int:
     """Bytes of ``40MB``, ``1.5 GB``, ``300KiB`` or a plain number.
 
     Raises:
@@ -214,9 +216,9 @@ def parse_size(text: str, name: str) -> int:
         raise UserError("config", e.message, e.hint) from e
 
 
-def nearest(word: str, words: tuple[str, ...] | list[str]) -> str:
+def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
     """``; did you mean 'x'?`` for the nearest of ``words``, or their list."""
-    found = difflib.get_close_matches(word, words, 1)
+    found = difflib.get_close_matches(str(word)[:100], words, 1)
     return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(words)}"
 
 
@@ -231,16 +233,13 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
     """
     general: dict[str, Any] = {}
     passes: dict[str, dict[str, Any]] = {}
+    check_sections(table)
     for section, values in table.items():
-        if not isinstance(values, dict):
-            raise UserError(
-                "recipe", f"{section!r} stands outside a section", "put it under [convert]"
-            )
         if section == "convert":
             for key, value in values.items():
                 if key not in _GENERAL:
                     raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
-                general[key] = tuple(value) if isinstance(value, list) else value
+                general[key] = _typed(key, tuple(value) if isinstance(value, list) else value)
         elif section in PASS_NAMES:
             passes[section] = values
         else:
@@ -249,16 +248,47 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
     return ConvertConfig(**general, passes=passes)
 
 
+def _typed(key: str, value: Any) -> Any:
+    """The value of a general setting, if it is of the setting's type.
+
+    Raises:
+        UserError: it is of another.
+    """
+    want = get_type_hints(ConvertConfig)[key]
+    kinds = set(get_args(want) or (want,))
+    if get_origin(want) is tuple:
+        fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    else:
+        # A whole number will do for a float, but true is no number.
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if not fits:
+        names = " or ".join(sorted(k.__name__ for k in kinds if k not in (Ellipsis, NoneType)))
+        raise UserError("recipe", f"convert.{key} = {value!r:.60} has to be of type {names}")
+    return value
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The table of a TOML recipe.
 
     Raises:
         UserError: it cannot be read as TOML.
     """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError("recipe", f"{path} cannot be read as TOML: {e}") from e
+    table = read_toml(path, "recipe")
+    check_sections(table)
+    return table
+
+
+def check_sections(table: dict[str, Any]) -> None:
+    """Check that a recipe holds sections only.
+
+    Raises:
+        UserError: a key stands outside one.
+    """
+    for section, values in table.items():
+        if not isinstance(values, dict):
+            raise UserError(
+                "recipe", f"{section!r} stands outside a section", "put it under [convert]"
+            )
 
 
 def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
@@ -273,8 +303,8 @@ def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
         if not equals or not dot:
             raise UserError("config", f"--set {setting!r} is not of the form section.key=value")
         try:
-            value = tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
+            value = parse_toml(f"x = {text}")["x"]
+        except ValueError:
             value = text.strip()
         table.setdefault(section, {})[key] = value
 
@@ -304,7 +334,8 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
             if want is float
             else isinstance(value, (want, list) if want is tuple else want)
         )
-        if not fits or (isinstance(value, bool) and want is not bool):
+        real = not isinstance(value, float) or math.isfinite(value)
+        if not fits or not real or (isinstance(value, bool) and want is not bool):
             raise UserError(
                 "recipe", f"{section}.{key} = {value!r} has to be of type {want.__name__}"
             )

@@ -433,7 +433,7 @@ def _size(folder: Path) -> int:
 
 def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> dict[str, Any]:
     """What a runtime has to know about the model."""
-    from carve.checkpoint import read_json
+    from carve.files import read_json
 
     c = program.config
     facts: dict[str, Any] = {
@@ -462,9 +462,9 @@ def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> di
         pooling = folder / "1_Pooling" / "config.json"
         cls = pooling.is_file() and bool(read_json(pooling).get("pooling_mode_cls_token"))
         facts["pooling"] = "cls" if cls else "mean"
-        facts["normalize"] = (folder / "modules.json").is_file() and "Normalize" in (
+        facts["normalize"] = (folder / "modules.json").is_file() and b"Normalize" in (
             folder / "modules.json"
-        ).read_text(encoding="utf-8")
+        ).read_bytes()
     return facts
 
 

@@ -70,11 +70,13 @@ class Sizes:
             raise UserError("placement", f"the artifact's sizes cannot be read: {e}") from e
         experts = [c.shape[1] for c in trace.chosen]
         numbers = [v for layers in (found.nbytes, found.macs) for layer in layers for v in layer]
+        numbers += [found.token_bytes, found.host_bytes, found.cache_bytes]
+        numbers += [*found.host_macs, *found.host_reads]
         fits = (
             [len(b) for b in found.nbytes] == experts
             and [len(m) for m in found.macs] == experts
             and len(found.host_macs) == len(found.host_reads) == len(experts)
-            and all(np.isfinite(v) and v >= 0 for v in [*numbers, found.host_bytes])
+            and all(np.isfinite(v) and v >= 0 for v in numbers)
         )
         if not fits:
             raise UserError("placement", "the artifact's sizes do not fit its trace")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carve.artifact import MANIFEST, Artifact, amend
-from carve.checkpoint import read_json
+from carve.artifact import MANIFEST, REPORT, Artifact, amend
 from carve.errors import CarveError, UserError
+from carve.files import read_json, read_toml
 from carve.report.html import render_html
 from carve.report.summary import summary
 
-REPORT, PAGE = "report.json", "report.html"
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,7 @@ class Source:
             return found
         if self.folder is None or not (self.folder / "recipe.toml").is_file():
             return {}
-        try:
-            return tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UserError("bad-file", f"recipe.toml cannot be read: {e}") from e
+        return read_toml(self.folder / "recipe.toml", "bad-file")
 
 
 def read_source(path: str | Path) -> Source:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carve_runtime.engine import Runner, value
-from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.errors import ArtifactError, RequestError, out_of_memory
 from carve_runtime.gates import BARS, SCORES, SHIFT, Gates, GateStats
 from carve_runtime.manifest import ModelInfo
 
@@ -113,6 +113,8 @@ class Session:
             RequestError: ``token-id`` for ids that are not integers in the vocabulary,
                 ``context-length`` when the sequence would pass the model's maximum. The
                 session is unchanged then.
+            CarveRuntimeError: ``memory`` when the cache or the logits do not fit, ``run`` when
+                onnxruntime fails.
         """
         tokens = check_ids(ids, self._info.vocab_size)
         total = self._length + tokens.size
@@ -129,10 +131,13 @@ class Session:
         }
         feeds = {name: array for name, array in feeds.items() if name in self._engine.inputs}
         feeds.update(self._gates.feeds())
-        if self._info.shared_cache:
-            logits = self._step_shared(feeds, tokens.size, total)
-        else:
-            logits = self._step_growing(feeds)
+        try:
+            if self._info.shared_cache:
+                logits = self._step_shared(feeds, tokens.size, total)
+            else:
+                logits = self._step_growing(feeds)
+        except MemoryError as error:
+            raise out_of_memory("the sequence", error) from error
         self._length = total
         row: NDArray[np.float32] = logits[0]
         return row

@@ -33,13 +33,11 @@ class Port:
     shape: tuple[int | None, ...]
 
     def is_float32(self, *shape: int | None) -> bool:
-        """Whether this is float32 and may have ``shape``, where None fits any dimension."""
+        """Whether this is float32 and has ``shape``, of which None leaves a dimension open."""
         return (
             self.dtype == _FLOAT32
             and len(self.shape) == len(shape)
-            and all(
-                None in pair or pair[0] == pair[1] for pair in zip(self.shape, shape, strict=True)
-            )
+            and all(want in (None, dim) for dim, want in zip(self.shape, shape, strict=True))
         )
 
 

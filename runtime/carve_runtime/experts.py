@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from carve_runtime.engine import ExpertSession
 from carve_runtime.errors import ArtifactError
+from carve_runtime.files import FileError, open_regular, read_bytes
 from carve_runtime.heap import heap_bytes
 from carve_runtime.index import Key, SplitIndex
 from carve_runtime.residency import ExpertStats, Residency
 
 Rows = NDArray[np.float32]
+_MOST_GRAPH = 1 << 26
 
 
 class Experts(Protocol):
@@ -70,11 +72,22 @@ def summed(x: Rows, results: Iterable[tuple[NDArray[np.intp], Rows]]) -> Rows:
 
 
 class ExpertFile:
-    """Makes sessions from ranges of ``experts.bin``; safe to share between threads."""
+    """Makes sessions from ranges of ``experts.bin``; safe to share between threads.
+
+    The file is opened once: one that takes its name later is another model's.
+
+    Raises:
+        ArtifactError: ``model`` when it or a graph cannot be read.
+    """
 
     def __init__(self, index: SplitIndex) -> None:
         self.index = index
-        self._graphs = [form.model.read_bytes() for form in index.forms]
+        try:
+            graphs = {f: read_bytes(f, _MOST_GRAPH) for f in {f.model for f in index.forms}}
+            self._file = open_regular(index.data)
+        except (OSError, FileError) as error:
+            raise ArtifactError("model", f"an expert cannot be read: {error}") from error
+        self._graphs = [graphs[form.model] for form in index.forms]
         self._costs: dict[int, int] = {}
 
     def load(self, key: Key) -> ExpertSession:
@@ -88,12 +101,19 @@ class ExpertFile:
         tensors = {}
         # An array each: onnxruntime keeps some of them, and a shared one would live with those.
         for t in form.tensors:
-            count = math.prod(t.shape)
-            data = np.fromfile(self.index.data, t.dtype, count, offset=place.offset + t.offset)
-            if data.size != count:
-                raise ArtifactError("model", f"expert {key} ends beyond {self.index.data}")
-            tensors[t.name] = data.reshape(t.shape)
+            data = np.empty(t.shape, t.dtype)
+            self._read(data.reshape(-1).view(np.uint8), place.offset + t.offset)
+            tensors[t.name] = data
         return ExpertSession(self._graphs[place.form], self.index.folder, tensors)
+
+    def _read(self, data: NDArray[np.uint8], offset: int) -> None:
+        """Fill ``data`` from the file; the system reads at most 2 GB at once."""
+        at = 0
+        while at < data.size:
+            count = os.preadv(self._file.fileno(), [data[at:].data], offset + at)
+            if count == 0:
+                raise ArtifactError("model", f"{self.index.data} is shorter than its index says")
+            at += count
 
     def cost(self, key: Key) -> int:
         """Bytes of memory that an expert takes once loaded, measured once for each form."""

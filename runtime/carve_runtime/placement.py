@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.files import read_json
 from carve_runtime.index import SplitIndex
 
 _MOST_SHARDS = 1024
-_MOST_BYTES = 1 << 26
 
 
 def shard_count(shards: object) -> int:
@@ -65,12 +64,5 @@ def load_placement(path: Path, index: SplitIndex) -> tuple[int, list[list[int]]]
     Raises:
         ArtifactError: ``placement`` or ``not-found``.
     """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ArtifactError("placement", f"{path} is larger than any placement")
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError("not-found", f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError("placement", f"{path} is not JSON: {str(error)[:200]}") from error
+    raw = read_json(path, lambda what: ArtifactError("placement", f"{path} {what}"))
     return read_placement(raw, index)
