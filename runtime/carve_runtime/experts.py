@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from carve_runtime.engine import ExpertSession
 from carve_runtime.errors import ArtifactError
 from carve_runtime.heap import heap_bytes
-from carve_runtime.index import Key, SplitIndex
+from carve_runtime.index import Key, Layer, SplitIndex
 from carve_runtime.residency import ExpertStats, Residency
 
 Rows = NDArray[np.float32]
@@ -58,6 +58,18 @@ def chosen_rows(routes: Rows) -> list[tuple[int, NDArray[np.intp]]]:
     return [(int(e), np.flatnonzero(routes[:, e])) for e in np.flatnonzero(routes.any(0))]
 
 
+def likely(layer: Layer, scores: Rows) -> Rows:
+    """``[n, E]``, not 0 where a row of ``scores`` would take an expert.
+
+    Where the k-th score is repeated there is one more, which does no harm.
+    """
+    least = np.partition(scores, -layer.top_k, axis=1)[:, -layer.top_k, None]
+    hit = scores >= least
+    if layer.dynamic:
+        hit &= scores > 0
+    return hit.astype(np.float32)
+
+
 def summed(x: Rows, results: Iterable[tuple[NDArray[np.intp], Rows]]) -> Rows:
     """``[n, d]`` zeros with every expert's rows added, in the order they come."""
     y = np.zeros_like(x)
@@ -70,12 +82,17 @@ def summed(x: Rows, results: Iterable[tuple[NDArray[np.intp], Rows]]) -> Rows:
 
 
 class ExpertFile:
-    """Makes sessions from ranges of ``experts.bin``; safe to share between threads."""
+    """Makes sessions from ranges of ``experts.bin``; safe to share between threads.
 
-    def __init__(self, index: SplitIndex) -> None:
+    Args:
+        index: the model.
+        costs: what `costs` of another one gave, where another process measured it.
+    """
+
+    def __init__(self, index: SplitIndex, costs: Mapping[int, int] | None = None) -> None:
         self.index = index
         self._graphs = [form.model.read_bytes() for form in index.forms]
-        self._costs: dict[int, int] = {}
+        self._costs: dict[int, int] = dict(costs or {})
 
     def load(self, key: Key) -> ExpertSession:
         """Read an expert and make its session.
@@ -105,6 +122,23 @@ class ExpertFile:
             self._costs[form] = max(self.index.size(key), heap_bytes() - before)
             del first, second
         return self._costs[form]
+
+    def costs(self) -> dict[int, int]:
+        """By form that has an expert, what `cost` gives."""
+        return {place.form: self.cost(key) for key, place in self.index.experts.items()}
+
+    def least(self, keys: Collection[Key]) -> int:
+        """Bytes of the most that one layer takes of ``keys`` for one token."""
+        costs: dict[int, list[int]] = {}
+        for key in keys:
+            costs.setdefault(key[0], []).append(self.cost(key))
+        return max(
+            (
+                sum(sorted(found, reverse=True)[: self.index.layers[number].top_k])
+                for number, found in costs.items()
+            ),
+            default=0,
+        )
 
 
 class LocalExperts:
@@ -155,13 +189,11 @@ class LocalExperts:
 
     def expect(self, layer: int, scores: Rows) -> None:
         """Start to load the experts that ``scores`` ``[n, E]`` would choose."""
-        info = self._layers[layer]
-        # Where the k-th score is repeated, one more is loaded, which does no harm.
-        least = np.partition(scores, -info.top_k, axis=1)[:, -info.top_k, None]
-        likely = scores >= least
-        if info.dynamic:
-            likely &= scores > 0
-        keys = [(layer, int(e)) for e in np.flatnonzero(likely.any(0))]
+        self.fetch(layer, [e for e, _ in chosen_rows(likely(self._layers[layer], scores))])
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Start to load experts of a layer that comes next."""
+        keys = [(layer, e) for e in experts]
         self._expected.keys = layer, frozenset(keys)
         self._residency.prefetch(keys)
 

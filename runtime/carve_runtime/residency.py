@@ -59,6 +59,10 @@ class ExpertStats:
         """Bytes read for a token."""
         return self.bytes_read / max(1, self.tokens)
 
+    def plus(self, other: ExpertStats) -> ExpertStats:
+        """Counts of two processes together."""
+        return ExpertStats(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
+
     def as_dict(self) -> dict[str, float]:
         """All counts and rates by name."""
         return {

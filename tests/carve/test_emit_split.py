@@ -232,7 +232,10 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run("--shards", "3")[1]["text"] == want
     code, _, err = run("--memory", "10KB")
     assert code == 2 and "at least" in err and "Traceback" not in err
-    assert run("--memory", "1GB", "--shards", "2")[0] == 2
+    code, both, _ = run("--memory", "4MB", "--shards", "2", "--stats")
+    assert (code, both["text"]) == (0, want)
+    assert isinstance(both["experts"], dict)
+    assert both["experts"]["tokens"] == experts["tokens"]
     assert cli.main(["run", str(out), "--prompt", "a", "--memory", "4MB", "--stats"]) == 0
     assert "hit_rate" in capsys.readouterr().err
     with carve_runtime.load(out, target="onnx-split", threads=1) as model:
