@@ -209,7 +209,7 @@ class LocalExperts:
             return self._each_of_all(self._all, layer, x, chosen)
         keys = [(layer, e) for e, _ in chosen]
         at, expected = getattr(self._expected, "keys", (None, None))
-        resident = self._residency.want(keys, len(x), expected if at == layer else None)
+        resident = self._residency.want(layer, keys, len(x), expected if at == layer else None)
         rows = {(layer, e): r for e, r in chosen}
         # What is there runs while the rest is read.
         order = sorted(keys, key=lambda key: key not in resident)
