@@ -43,8 +43,9 @@ class Use:
         running = torch.ones(len(x), dtype=torch.bool)
         if block.gate is not None:
             position = batch.inputs[self.program.inputs.index("position_ids")]
-            late = batch.counted(position[..., None]).squeeze(1) >= block.gate.always
-            running = (block.gate.scores(x) > 0) | ~late
+            at_position = batch.counted(position[..., None]).squeeze(1)
+            late = at_position >= block.gate.always
+            running = block.gate.running(x, at_position)
             self.late[block.name] += int(late.sum())
             self.macs[block.name] += block.gate.macs * len(x)
             y = block.gate(y, at.x, position)
