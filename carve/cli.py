@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         help="who decides what is skipped: every token (default), the prompt, or nobody",
     )
     c.add_argument(
-        "--memory", help="most bytes of weights in memory, for example 300MB (needs onnx-split)"
+        "--memory",
+        help="most bytes of weights in memory, of all shards together, for example 300MB "
+        "(needs onnx-split)",
     )
     c.add_argument(
         "--shards",

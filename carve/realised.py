@@ -49,7 +49,7 @@ class Use:
             position = batch.inputs[self.program.inputs.index("position_ids")]
             place = batch.counted(position[..., None]).squeeze(1)
             late = place >= block.gate.always
-            running = (block.gate.scores(x) > 0) | ~late
+            running = block.gate.running(x, place)
             self.late[block.name] += int(late.sum())
             self.macs[block.name] += block.gate.macs * len(x)
             self.by_position[block.name].append(torch.stack((place, (~running).long())))

@@ -86,10 +86,12 @@ def load(
         verify: compare every file's SHA-256 with the manifest. Without it the paths are still
             checked, but the content is trusted.
         memory: most bytes for the model's weights as they lie in memory, for example ``300MB``:
-            experts that do not fit are read when they are needed.
+            experts that do not fit are read when they are needed. With ``shards`` it is for all
+            processes together; each gets a share by what it holds.
         shards: run the experts in so many processes, this one included: as the artifact's
             ``placement.json`` has it where that is for so many devices, else in equal parts. Or
-            the path of a placement.
+            the path of a placement. Where an expert has several copies, a step takes the one on the
+            device with the least to do.
         policy: which expert goes when another needs its room: ``lfu`` or ``lru``.
         prefetch: read the experts that a layer will probably take before it is reached.
 
