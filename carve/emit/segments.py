@@ -72,8 +72,11 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
 
 
 def give_types(graph: ir.Graph) -> None:
-    """Element types of values that have none, by what operators do with their inputs'."""
-    for node in graph:
+    """Element types of values that have none, by what operators do with their inputs'.
+
+    Nodes have to be in order; those of branches get theirs when their node is reached.
+    """
+    for node in graph.all_nodes():
         kinds = [
             v.dtype if v.dtype is not None else (v.const_value.dtype if v.const_value else None)
             for v in node.inputs
@@ -91,7 +94,7 @@ def give_types(graph: ir.Graph) -> None:
             first = kinds[1]
         elif kind in ("Constant", "ConstantOfShape") and "value" in node.attributes:
             first = node.attributes["value"].as_tensor().dtype
-        elif kind == "GatherBlockQuantized":
+        elif kind in ("GatherBlockQuantized", "ConstantOfShape"):
             first = ir.DataType.FLOAT
         for i, v in enumerate(node.outputs):
             if v.type is None:
