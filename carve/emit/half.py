@@ -143,7 +143,7 @@ def _narrow(value: ir.TensorProtocol) -> ir.LazyTensor:
 def _new_cast(v: ir.Value, want: ir.DataType) -> ir.Node:
     node = ir.Node("", "Cast", [v], [ir.AttrInt64("to", int(want))], name=f"{v.name}_to_{want}")
     made = node.outputs[0]
-    made.name, made.shape, made.type = f"{v.name}_{want}", v.shape, ir.TensorType(want)
+    made.name, made.type = f"{v.name}_{want}", ir.TensorType(want)
     return node
 
 

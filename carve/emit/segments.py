@@ -16,6 +16,7 @@ TRUNK = "trunk.data"
 _SMALL = 256
 _BRANCHES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _INT64 = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
+_GRAPH = ir.AttributeType.GRAPH
 _BOOL = ("And", "Or", "Not", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
@@ -76,7 +77,14 @@ def give_types(graph: ir.Graph) -> None:
 
     Nodes have to be in order; those of branches get theirs when their node is reached.
     """
-    for node in graph.all_nodes():
+    for node in graph:
+        branches = [a.as_graph() for a in node.attributes.values() if a.type == _GRAPH]
+        for branch in branches:
+            give_types(branch)
+        if branches:
+            for v, told in zip(node.outputs, branches[0].outputs, strict=True):
+                v.type = v.type or told.type
+            continue
         kinds = [
             v.dtype if v.dtype is not None else (v.const_value.dtype if v.const_value else None)
             for v in node.inputs
