@@ -155,8 +155,13 @@ class Precision:
         grid = self.of(weight) if weight.ndim == 2 else None
         return 4 * weight.numel() if grid is None else grid.bytes
 
-    def rule(self, disturb: Callable[[Tensor], Tensor] = lambda x: x) -> LinearRule:
-        """Products as the kernels compute them; ``disturb`` is applied to the activations."""
+    def rule(
+        self, disturb: Callable[[Tensor], Tensor] = lambda x: x, *, int8: bool = True
+    ) -> LinearRule:
+        """Products as the kernels compute them; ``disturb`` is applied to the activations.
+
+        Without ``int8`` kernels do not round the activations, which is so on CUDA.
+        """
 
         def apply(x: Tensor, weight: Tensor) -> Tensor:
             found = self._known.get(weight.data_ptr())
@@ -164,7 +169,7 @@ class Precision:
             x = disturb(x.float())
             if grid is None:
                 return F.linear(x, weight.float())
-            return product(x, weight, grid, kernel)
+            return product(x, weight, grid, kernel if int8 else "float")
 
         return apply
 
