@@ -181,8 +181,13 @@ class Precision:
         layers = [s.routed for s in program.carved if s.routed is not None]
         return self.rest(program) + sum(sum(self.experts(r)) for r in layers)
 
-    def rule(self, disturb: Callable[[Tensor], Tensor] = lambda x: x) -> LinearRule:
-        """Products as the kernels compute them; ``disturb`` is applied to the activations."""
+    def rule(
+        self, disturb: Callable[[Tensor], Tensor] = lambda x: x, *, int8: bool = True
+    ) -> LinearRule:
+        """Products as the kernels compute them; ``disturb`` is applied to the activations.
+
+        Without ``int8`` kernels do not round the activations, which is so on CUDA.
+        """
 
         def apply(x: Tensor, weight: Tensor) -> Tensor:
             found = self._known.get(weight.data_ptr())
@@ -190,7 +195,7 @@ class Precision:
             x = disturb(x.float())
             if grid is None:
                 return F.linear(x, weight.float())
-            return product(x, weight, grid, kernel)
+            return product(x, weight, grid, kernel if int8 else "float")
 
         return apply
 

@@ -52,7 +52,8 @@ class ConvertConfig:
         size: most bytes of the model's files, for example ``40MB``; widths are chosen to fit.
         reads: most bytes of weights that a token reads on average, which is what decoding takes its
             time for; widths are chosen to fit.
-        targets: what to emit: ``onnx-cpu``, one file; ``onnx-split``, experts one by one, which
+        targets: what to emit: ``onnx-cpu``, one file; ``onnx-cuda``, one in half precision for GPUs
+            (4, 8 or 16 bits; onnxruntime-gpu runs it); ``onnx-split``, experts one by one, which
             fits devices smaller than the model, or several of them; ``hf``, a ``glm4_moe``
             checkpoint for transformers, vLLM and SGLang; ``hf-granite``, a ``granitemoeshared`` one
             for llama.cpp. The last two hold less, so the passes fit a plainer form, and their
@@ -148,6 +149,10 @@ def _check(c: ConvertConfig) -> None:
             raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")
     if "onnx-split" in c.targets and c.is_dense:
         raise UserError("target", "onnx-split needs routed FFNs", "lower the budget")
+    if "onnx-cuda" in c.targets and c.mixed:
+        raise UserError(
+            "bits", "experts on CUDA take 4 or 8 bits, all of them the same", "give --bits 4 or 8"
+        )
     check_request(c)
     if not c.targets:
         raise UserError("target", "no target is given", f"known: {', '.join(TARGETS)}")

@@ -20,6 +20,7 @@ from carve.grid import Grid
 
 BOUND = 1e-5
 """Relative error of a token's result that the order of summation in fp32 explains."""
+_CPU = "CPUExecutionProvider"
 _QUANTIZED = ("MatMulNBits", "QMoE")
 Arrays = Mapping[str, np.ndarray]
 
@@ -79,14 +80,26 @@ def check_nodes(path: Path, feeds: Arrays) -> EmulationMetrics:
     return metrics
 
 
+def cuda_session(path: Path) -> Any:
+    """An onnxruntime session on the first GPU where onnxruntime has one, else on the CPU."""
+    import onnxruntime as ort  # type: ignore[import-untyped]
+
+    found = ort.get_available_providers()
+    return _session(path, [p for p in ("CUDAExecutionProvider", _CPU) if p in found])
+
+
 def cpu_session(path: Path | bytes) -> Any:
     """An onnxruntime session on the CPU, for a file or a serialized model."""
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    return _session(path, [_CPU])
+
+
+def _session(path: Path | bytes, providers: list[str]) -> Any:
+    import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     source = str(path) if isinstance(path, Path) else path
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(source, options, providers=providers)
 
 
 def _moving(node: ir.Node) -> list[ir.Value]:

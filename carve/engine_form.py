@@ -45,6 +45,7 @@ class EngineForm:
 ANY = EngineForm()
 FORMS = {
     "onnx-cpu": ANY,
+    "onnx-cuda": ANY,
     "onnx-split": ANY,
     HF: EngineForm(plain=True, whole_shared=True),
     GRANITE: EngineForm(plain=True, all_carved=True, unbiased_router=True, no_qk_norm=True),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from carve.calibration import Batch
     from carve.program import Program
 
-ONNX, SPLIT = "onnx-cpu", "onnx-split"
+ONNX, CUDA, SPLIT = "onnx-cpu", "onnx-cuda", "onnx-split"
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def emit_targets(
             width = 32 if "float32" in metrics["dtype"] else 16
         elif name == ONNX:
             folder, model, shared, metrics = _onnx(program, stage, bits, prompts)
+        elif name == CUDA:
+            folder, model, shared, metrics = _cuda(program, stage, bits, prompts)
         else:
             folder, model, shared, metrics = _split(
                 program, stage, bits, prompts, calibration, held
@@ -133,6 +135,18 @@ def _onnx(
     return "onnx", emitted.path.name, emitted.shared_cache, metrics
 
 
+def _cuda(
+    program: Program, stage: Path, bits: int, prompts: Sequence[tuple[Tensor, ...]]
+) -> tuple[str, str, bool, dict[str, Any]]:
+    from carve import parity
+    from carve.emit.onnx import emit
+
+    (stage / "cuda").mkdir()
+    emitted = emit(program, stage / "cuda" / "model.onnx", bits, half=True)
+    found = parity.check_parity(program, emitted.path, prompts, bits, parity.CUDA)
+    return "cuda", emitted.path.name, emitted.shared_cache, {"parity": asdict(found)}
+
+
 def _split(
     program: Program,
     stage: Path,
@@ -141,19 +155,18 @@ def _split(
     calibration: Sequence[Batch],
     held: Sequence[Batch],
 ) -> tuple[str, str, bool, dict[str, Any]]:
-    from carve import offload
+    from carve import offload, parity
     from carve.emit.split import emit_split
-    from carve.parity import check_parity, run_split
 
     (stage / "split").mkdir()
     seen = offload.watch(program, calibration)
     predictors = offload.fit_predictors(program, seen)
     emitted = emit_split(program, stage / "split", bits, offload.hotness(seen), predictors)
-    parity = check_parity(program, emitted.path, prompts, bits, run_split)
+    found = parity.check_parity(program, emitted.path, prompts, bits, parity.SPLIT)
     measured = offload.measure_locality(
         program, offload.watch(program, held), predictors, emitted.sizes
     )
-    metrics = {"parity": asdict(parity), "locality": asdict(measured)}
+    metrics = {"parity": asdict(found), "locality": asdict(measured)}
     return "split", emitted.path.name, emitted.shared_cache, metrics
 
 

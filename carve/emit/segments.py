@@ -15,6 +15,7 @@ from carve.errors import CarveError
 TRUNK = "trunk.data"
 _SMALL = 256
 _INT64 = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
+_GRAPH = ir.AttributeType.GRAPH
 _BOOL = ("And", "Or", "Not", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
@@ -95,8 +96,18 @@ def _reads(node: ir.Node) -> list[ir.Value]:
 
 
 def give_types(graph: ir.Graph) -> None:
-    """Element types of values that have none, by what operators do with their inputs'."""
+    """Element types of values that have none, by what operators do with their inputs'.
+
+    Nodes have to be in order; those of branches get theirs when their node is reached.
+    """
     for node in graph:
+        branches = [a.as_graph() for a in node.attributes.values() if a.type == _GRAPH]
+        for branch in branches:
+            give_types(branch)
+        if branches:
+            for v, told in zip(node.outputs, branches[0].outputs, strict=True):
+                v.type = v.type or told.type
+            continue
         kinds = [
             v.dtype if v.dtype is not None else (v.const_value.dtype if v.const_value else None)
             for v in node.inputs
@@ -114,7 +125,7 @@ def give_types(graph: ir.Graph) -> None:
             first = kinds[1]
         elif kind in ("Constant", "ConstantOfShape") and "value" in node.attributes:
             first = node.attributes["value"].as_tensor().dtype
-        elif kind == "GatherBlockQuantized":
+        elif kind in ("GatherBlockQuantized", "ConstantOfShape"):
             first = ir.DataType.FLOAT
         inner = branches(node)
         for i, v in enumerate(node.outputs):

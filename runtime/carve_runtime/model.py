@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from carve_runtime.decoder import Session, check_decoder, check_ids
-from carve_runtime.engine import PROVIDERS, Engine, Runner
+from carve_runtime.engine import Engine, Runner
 from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError, out_of_memory
 from carve_runtime.gates import GateStats
 from carve_runtime.manifest import (
@@ -32,7 +32,7 @@ from carve_runtime.sizes import parse_bytes
 from carve_runtime.text import Detokenizer, StopFilter, load_tokenizer, tokenizing
 
 SPLIT = "onnx-split"
-USABLE = (*PROVIDERS, SPLIT)
+USABLE = ("onnx-cpu", SPLIT, "onnx-cuda")
 TOKENIZER_NAME = "tokenizer.json"
 # The graph gives logits for every token of a prompt, of which generation needs the last row:
 # a long prompt is fed in parts whose logits stay below this.
@@ -155,8 +155,9 @@ def load(
 
 
 def _default_target(manifest: Manifest, split: bool) -> str:
-    monolithic = next(iter(PROVIDERS))
-    return SPLIT if split or monolithic not in manifest.targets else monolithic
+    """The split form where it is asked for, else the first of what is there."""
+    there = [t for t in USABLE if t in manifest.targets]
+    return SPLIT if split or not there else there[0]
 
 
 class Model:

@@ -117,6 +117,10 @@ class SplitEngine:
         """A new binding, used as onnxruntime's own."""
         return SplitBinding(self._trunk)
 
+    def place(self, array: NDArray[Any]) -> Any:
+        """An OrtValue over the memory of an array."""
+        return value(array)
+
     def run_bound(self, binding: SplitBinding, *, shrink: bool) -> None:
         """Run what is bound, see `carve_runtime.engine.Engine.run_bound`.
 

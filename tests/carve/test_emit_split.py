@@ -25,7 +25,7 @@ from carve.emit.onnx import emit
 from carve.emit.split import Predictor, emit_split
 from carve.errors import CarveError, UserError
 from carve.grid import Grid
-from carve.parity import check_parity, feeds_of, run_split
+from carve.parity import SPLIT, check_parity, feeds_of, run_split
 from carve.program import Program
 
 Get = Callable[[str], tiny.Captured]
@@ -106,7 +106,7 @@ def test_split_is_the_program_and_the_whole_model(
     name: str, bits: int, split: Callable[[str, int], Split]
 ) -> None:
     s = split(name, bits)
-    metrics = check_parity(s.program, s.path, prompts(s.program), bits, run_split)
+    metrics = check_parity(s.program, s.path, prompts(s.program), bits, SPLIT)
     assert metrics.routings > 1
     if s.whole is None:
         return
@@ -127,7 +127,7 @@ def test_another_program_fails_parity(split: Callable[[str, int], Split]) -> Non
     assert site.routed is not None
     program.set_routed(site, replace(site.routed, router=-site.routed.router))
     with pytest.raises(CarveError) as e:
-        check_parity(program, s.path, prompts(program), 16, run_split)
+        check_parity(program, s.path, prompts(program), 16, SPLIT)
     assert e.value.code == "parity"
 
 
