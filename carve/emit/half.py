@@ -132,12 +132,13 @@ def _attributes(node: ir.Node, want: ir.DataType) -> None:
 def _narrow(value: ir.TensorProtocol) -> ir.LazyTensor:
     """A tensor in fp16, made as it is written; what fp16 cannot hold becomes its largest."""
 
-    def make() -> ir.Tensor:
+    def make() -> ir.TensorProtocol:
         whole = value.numpy()
         held = np.where(np.isfinite(whole), np.clip(whole, -_LARGEST, _LARGEST), whole)
         return ir.Tensor(held.astype(np.float16), name=value.name)
 
-    return ir.LazyTensor(make, dtype=_HALF, shape=ir.Shape(value.shape), name=value.name)
+    shape = ir.Shape(value.shape.numpy())
+    return ir.LazyTensor(make, dtype=_HALF, shape=shape, name=value.name)
 
 
 def _new_cast(v: ir.Value, want: ir.DataType) -> ir.Node:

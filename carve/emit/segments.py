@@ -15,7 +15,6 @@ from carve.errors import CarveError
 TRUNK = "trunk.data"
 _SMALL = 256
 _INT64 = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
-_GRAPH = ir.AttributeType.GRAPH
 _BOOL = ("And", "Or", "Not", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
@@ -101,13 +100,9 @@ def give_types(graph: ir.Graph) -> None:
     Nodes have to be in order; those of branches get theirs when their node is reached.
     """
     for node in graph:
-        branches = [a.as_graph() for a in node.attributes.values() if a.type == _GRAPH]
-        for branch in branches:
+        inner = branches(node)
+        for branch in inner:
             give_types(branch)
-        if branches:
-            for v, told in zip(node.outputs, branches[0].outputs, strict=True):
-                v.type = v.type or told.type
-            continue
         kinds = [
             v.dtype if v.dtype is not None else (v.const_value.dtype if v.const_value else None)
             for v in node.inputs
@@ -127,7 +122,6 @@ def give_types(graph: ir.Graph) -> None:
             first = node.attributes["value"].as_tensor().dtype
         elif kind in ("GatherBlockQuantized", "ConstantOfShape"):
             first = ir.DataType.FLOAT
-        inner = branches(node)
         for i, v in enumerate(node.outputs):
             if inner and v.type is None:
                 v.type = inner[0].outputs[i].type
