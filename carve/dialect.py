@@ -209,8 +209,12 @@ def chosen_ffn(
     expert_down: Tensor,
     expert_bias: Tensor | None,
     activation: str,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """`routed_ffn` of rows ``flat`` ``[T, d]`` whose experts ``chosen`` ``[T, E]`` are known."""
+    """`routed_ffn` of rows ``flat`` ``[T, d]`` whose experts ``chosen`` ``[T, E]`` are known.
+
+    With ``weights`` ``[T, E]`` they do not count 1 each, as in other engines' arithmetic.
+    """
     if shared_up is not None and shared_down is not None:
         h = hidden(flat, shared_gate, shared_gate_bias, shared_up, shared_up_bias, activation)
         y = linear(h, shared_down, output_bias)
@@ -233,7 +237,7 @@ def chosen_ffn(
             activation,
         )
         out = linear(h, expert_down[e], None if expert_bias is None else expert_bias[e])
-        y = y.index_add(0, rows, out)
+        y = y.index_add(0, rows, out if weights is None else out * weights[rows, e, None])
     return y
 
 

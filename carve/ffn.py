@@ -102,10 +102,12 @@ class RoutedFFN:
         """Boolean mask ``[..., E]`` of the experts that ``x`` ``[..., d]`` takes."""
         return dialect.select(self.logits(x), self.top_k, self.dynamic)
 
-    def with_experts(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """What ``x`` ``[..., d]`` gives with the experts ``chosen`` ``[T, E]``, by row."""
+    def weighted(self, x: Tensor, weights: Tensor) -> Tensor:
+        """What ``x`` ``[..., d]`` gives with experts weighed ``weights`` ``[T, E]``, 0 for none."""
         given = {k: v for k, v in self.arguments().items() if k not in _ROUTING}
-        y = dialect.chosen_ffn(x.reshape(-1, x.shape[-1]), chosen, *given.values())
+        flat = x.reshape(-1, x.shape[-1])
+        arguments = (*given.values(), weights)
+        y = dialect.chosen_ffn(flat, weights > 0, *arguments)
         return y.reshape(x.shape)
 
     def merged(self) -> DenseFFN:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from carve.dialect import linear_rule
 from carve.emit.hf import stored_dtype
-from carve.emit.hf_tensors import engine_choice
+from carve.emit.hf_tensors import engine_weights
 from carve.errors import CarveError
 from carve.ffn import RoutedFFN
 from carve.parity import exercised
@@ -28,18 +28,20 @@ BOUND = 1e-2
 class CheckpointMetrics:
     """Transformers beside the program, both in fp32 with the weights as they are stored.
 
-    ``worst_logit`` and ``median_logit``: of the largest difference of a logit by token;
-    ``top1_agreement``: share of tokens; ``same_experts``: share of tokens and layers where both
-    take the same set, the program choosing in the architecture's arithmetic;
-    ``same_by_own_scores``: where the program's own scores choose that set too (others tie in the
-    stored precision). ``routings``: distinct ones.
+    ``worst_logit`` and ``median_logit``: of the largest difference of a logit by token, where the
+    program chooses and weighs experts in the architecture's arithmetic; ``top1_agreement``: share
+    of tokens; ``same_experts``: share of tokens and layers where both take the same set. ``own_*``:
+    the same where the program goes by its own scores and weighs all by 1 (experts: of its choices
+    on the same inputs). ``routings``: distinct ones.
     """
 
     worst_logit: float
     median_logit: float
     top1_agreement: float
     same_experts: float
-    same_by_own_scores: float
+    own_median_logit: float
+    own_top1_agreement: float
+    own_same_experts: float
     tokens: int
     routings: int
 
@@ -67,13 +69,17 @@ def check_checkpoint(
     reference = _Reference(program, target, routed)
     model = load_checkpoint(folder)
     differences, agree, same = [], [], []
+    own_differences, own_agree = [], []
     size = 0.0
     for inputs in prompts:
         want = reference.run(inputs).flatten(0, 1)
+        own = reference.run(inputs, own=True).flatten(0, 1)
         with torch.no_grad(), _experts(model) as experts:
             have = model(input_ids=inputs[0], use_cache=False).logits.float().flatten(0, 1)
         differences.append((have - want).abs().amax(1))
+        own_differences.append((have - own).abs().amax(1))
         agree.append(have.argmax(1) == want.argmax(1))
+        own_agree.append(have.argmax(1) == own.argmax(1))
         same += [(a.gather(1, i)).all(1) for a, i in zip(reference.chosen, experts, strict=True)]
         size = max(size, float(want.square().mean().sqrt()))
     difference = torch.cat(differences)
@@ -82,6 +88,8 @@ def check_checkpoint(
         float(difference.median()),
         float(torch.cat(agree).float().mean()),
         float(torch.cat(same).float().mean()),
+        float(torch.cat(own_differences).median()),
+        float(torch.cat(own_agree).float().mean()),
         reference.own / max(1, reference.seen),
         len(difference),
         routings,
@@ -89,7 +97,7 @@ def check_checkpoint(
     bound = BOUND * max(1.0, size)
     # A route that rounding flips moves the tokens after it; a NaN fails both comparisons.
     within = float((difference <= bound).float().mean())
-    if not (metrics.median_logit <= bound and within >= 0.9):
+    if not (max(metrics.median_logit, metrics.own_median_logit) <= bound and within >= 0.9):
         raise CarveError(
             "parity",
             f"{folder.name} and torch differ: logits by {metrics.median_logit:.2e} (median), "
@@ -132,7 +140,7 @@ def load_checkpoint(folder: Path) -> Any:
 
 
 class _Reference:
-    """The program with weights as stored, choosing experts in the architecture's arithmetic.
+    """The program with weights as stored, weighing experts in the architecture's arithmetic.
 
     ``chosen``: masks ``[T, E]`` of the last run by layer; ``own`` of ``seen`` tokens and layers
     take the same experts by the program's own scores.
@@ -140,26 +148,28 @@ class _Reference:
 
     def __init__(self, program: Program, target: str, routed: Mapping[str, RoutedFFN]) -> None:
         self.program, self.dtype = program, stored_dtype(program)
+        self.routed = routed
         self.ffns = {n: self._ffn(r, target) for n, r in routed.items()}
         self.chosen: list[Tensor] = []
         self.own = self.seen = 0
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Logits ``[B, S, V]``."""
-        self.chosen = []
+    def run(self, inputs: tuple[Tensor, ...], *, own: bool = False) -> Tensor:
+        """Logits ``[B, S, V]``; ``own``: by the program's own scores, every weight 1."""
+        if not own:
+            self.chosen = []
         with linear_rule(lambda x, w: F.linear(x.float(), w.to(self.dtype).float())):
-            return self.program.run(*inputs, replace=self.ffns)[0]
+            return self.program.run(*inputs, replace=self.routed if own else self.ffns)[0]
 
     def _ffn(self, r: RoutedFFN, target: str) -> Any:
-        choose = engine_choice(r, target)
+        weigh = engine_weights(r, target)
 
         def run(x: Tensor) -> Tensor:
             flat = x.reshape(-1, x.shape[-1])
-            chosen = choose(flat)
-            self.chosen.append(chosen)
-            self.own += int((r.chosen(flat) == chosen).all(1).sum())
+            weights = weigh(flat)
+            self.chosen.append(weights > 0)
+            self.own += int((r.chosen(flat) == (weights > 0)).all(1).sum())
             self.seen += len(flat)
-            return r.with_experts(x, chosen)
+            return r.weighted(x, weights)
 
         return run
 

@@ -20,13 +20,15 @@ from carve.engine_form import GRANITE, HF
 from carve.ffn import RoutedFFN
 from carve.program import Program
 
-SCALE = 2.0**-11
-"""What routers are multiplied by: weights of experts whose scores differ by 1 differ by ``SCALE``
-(granite) or half of it (glm4_moe), and scores closer than ``2^-24 / SCALE`` (twice that) tie."""
+SCALE = {HF: 2.0**-11, GRANITE: 2.0**-10}
+"""What routers are multiplied by, ``s``: weights of experts whose scores differ by 1 differ by
+``s / 2`` in glm4_moe and ``s`` in granitemoeshared, and scores closer than ``2^-22 / s`` there, and
+``2^-24 / s`` here (in llama.cpp, whose softmax is over all experts), tie. Both were chosen by
+measurement: the smaller one is, the larger is the other."""
 _PREFIX = "model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.")
-Choose = Callable[[Tensor], Tensor]
+Weigh = Callable[[Tensor], Tensor]
 
 
 def layer_of(site_name: str) -> int:
@@ -51,30 +53,35 @@ def stored_router(r: RoutedFFN, target: str) -> tuple[Tensor, Tensor]:
     """Router ``[E, d]`` and selection bias ``[E]`` (zero in granite) as they are stored, fp32.
 
     glm4_moe chooses by ``sigmoid(x W') + b'`` and weighs by ``sigmoid(x W')``, whose slope at 0 is
-    1/4: with ``W' = SCALE W`` and ``b' = SCALE b / 4`` the order is that of ``x W + b``.
+    1/4: with ``W' = s W`` and ``b' = s b / 4`` the order is that of ``x W + b``.
     """
-    weight = r.router.float() * SCALE
+    weight = r.router.float() * SCALE[target]
     bias = r.router_bias
     if bias is None or target != HF:
         return weight, weight.new_zeros(len(weight))
-    return weight, bias.float() * (SCALE / 4)
+    return weight, bias.float() * (SCALE[target] / 4)
 
 
-def engine_choice(r: RoutedFFN, target: str) -> Choose:
-    """The experts that the architecture chooses, in its own arithmetic: mask ``[T, E]``.
+def engine_weights(r: RoutedFFN, target: str) -> Weigh:
+    """How the architecture weighs the experts, in its own arithmetic: ``[T, E]``, 0 for none.
 
     So ties that the stored precision makes break as they do there.
     """
     weight, bias = stored_router(r, target)
 
-    def choose(x: Tensor) -> Tensor:
+    def weigh(x: Tensor) -> Tensor:
         scores = F.linear(x.float(), weight)
         if target == HF:
-            scores = scores.sigmoid() + bias
-        index = torch.topk(scores, r.top_k, dim=-1, sorted=target != HF).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
+            scores = scores.sigmoid()
+            index = torch.topk(scores + bias, r.top_k, dim=-1, sorted=False).indices
+            chosen = scores.gather(-1, index)
+            chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+        else:
+            top, index = scores.topk(r.top_k, dim=-1)
+            chosen = top.softmax(-1)
+        return torch.zeros_like(scores).scatter_(-1, index, chosen * r.top_k)
 
-    return choose
+    return weigh
 
 
 def checkpoint_tensors(

@@ -122,7 +122,9 @@ def test_order_of_experts_changes_nothing_but_their_places(captured: Get, tmp_pa
 
 
 def test_bf16_sources_stay_bf16_but_for_the_routers(tmp_path: Path) -> None:
-    model = tiny.build("llama").bfloat16().float()
+    model = tiny.build("llama")
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
     program = carved(tiny.capture("llama", model))
     program.config["dtype"] = "bfloat16"
     folder = written(program, tmp_path / "x")
@@ -131,7 +133,8 @@ def test_bf16_sources_stay_bf16_but_for_the_routers(tmp_path: Path) -> None:
         assert t.dtype == (torch.float32 if routing else torch.bfloat16), name
     prompt = tiny.decoder_inputs(program, tiny.token_ids(3, 20))
     found = check_checkpoint(program, folder, HF, routed_in_order(program), [prompt])
-    assert found.worst_logit < 1e-2
+    assert found.worst_logit < 1e-3
+    assert found.own_median_logit < 1e-2
     assert found.same_experts == found.top1_agreement == 1.0
 
 
@@ -279,7 +282,7 @@ def test_passes_keep_to_the_form_of_every_target(
     report = carve.Artifact.open(tmp_path / "x").report
     found = [p["metrics"]["parity"] for p in report["passes"] if p["name"].startswith("emit")]
     assert len(found) == 2
-    assert all(p["top1_agreement"] == 1.0 and p["worst_logit"] < 1e-2 for p in found)
+    assert all(p["top1_agreement"] == 1.0 and p["worst_logit"] < 1e-3 for p in found)
     facts = tmp_path / "x" / "hf" / "handover" / "handover.json"
     assert facts.is_file() == (effort == "layer")
     assert effort != "layer" or json.loads(facts.read_text())["baked"]
