@@ -7,14 +7,14 @@ and become the passes' own dataclasses when the pipeline is built.
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from carve.engine_form import FORMS, EngineForm, check_request, form_of
 from carve.errors import UserError
+from carve.typed import fits
 
 PASS_NAMES = (
     "place_gates",
@@ -230,6 +230,7 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
         UserError: an unknown section or key, with the nearest valid one, or a value out of range.
     """
     general: dict[str, Any] = {}
+    kinds = get_type_hints(ConvertConfig)
     passes: dict[str, dict[str, Any]] = {}
     for section, values in table.items():
         if not isinstance(values, dict):
@@ -241,12 +242,25 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
                 if key not in _GENERAL:
                     raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
                 general[key] = tuple(value) if isinstance(value, list) else value
+                if not fits(general[key], kinds[key]):
+                    raise UserError(
+                        "recipe",
+                        f"convert.{key} = {value!r} has to be of type {_named(kinds[key])}",
+                    )
         elif section in PASS_NAMES:
             passes[section] = values
         else:
             known = ("convert", *PASS_NAMES)
             raise UserError("recipe", f"unknown section [{section}]{nearest(section, known)}")
     return ConvertConfig(**general, passes=passes)
+
+
+def _named(kind: Any) -> str:
+    """A type in words."""
+    names = [getattr(a, "__name__", str(a)) for a in get_args(kind)] or [kind.__name__]
+    if get_origin(kind) is tuple:
+        return f"list of {names[0]}"
+    return " or ".join(n for n in names if n != "NoneType")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -277,15 +291,6 @@ def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
         except tomllib.TOMLDecodeError:
             value = text.strip()
         table.setdefault(section, {})[key] = value
-
-
-def to_toml(config: ConvertConfig) -> str:
-    """The resolved recipe as TOML."""
-    general = {k: v for k, v in asdict(config).items() if k != "passes" and v is not None}
-    lines = ["[convert]", *(f"{k} = {json.dumps(v)}" for k, v in general.items())]
-    for name, values in config.passes.items():
-        lines += ["", f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
-    return "\n".join(lines) + "\n"
 
 
 def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
