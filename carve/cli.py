@@ -9,10 +9,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carve.errors import CarveError, UserError
 from carve.version import __version__
+
+if TYPE_CHECKING:
+    from carve.config import ConvertConfig
+    from carve.pipeline import Stopped
 
 # onnxruntime reports usage by default; a compiler of other people's models does not.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -64,6 +68,21 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings"
     )
     c.add_argument("--seed", type=int)
+    c.add_argument(
+        "--dump-recipe",
+        action="store_true",
+        help="print the recipe with every setting of every pass, and convert nothing",
+    )
+    c.add_argument(
+        "--resume", action="store_true", help="go on where a run with the same output stopped"
+    )
+    c.add_argument(
+        "--from", dest="start", metavar="PASS", help="start again at a pass, from the state before"
+    )
+    c.add_argument("--until", metavar="PASS", help="stop after a pass and keep the state")
+    c.add_argument(
+        "--keep-state", action="store_true", help="keep the state of all passes when finished"
+    )
 
     c = command("run", "generate text with an artifact")
     c.add_argument("artifact")
@@ -166,6 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name in ("torch", "onnx_ir", "onnxscript", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not args.verbose:  # what becomes of stored states is said in any case
+        for name in ("carve.state", "carve.state_folder"):
+            logging.getLogger(name).setLevel(logging.INFO)
     try:
         result = _COMMANDS[args.command](args)
     except Exception as e:
@@ -248,14 +270,21 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     }
     general.update({k: v for k, v in given.items() if v is not None})
     config = from_table(table)
+    if args.dump_recipe:
+        return _dump(config, as_json=args.json)
     model = Path(args.model)
     output = Path(args.output or f"{model.name}-carved")
-    from carve.pipeline import convert
+    from carve.pipeline import Stopped, advance
+    from carve.state_folder import Course
 
-    artifact = convert(model, output, config, progress=_progress)
+    course = Course(args.resume, args.start, args.until, args.keep_state)
+    artifact = advance(model, output, config, progress=_progress, course=course)
+    if isinstance(artifact, Stopped):
+        return _stopped(artifact, as_json=args.json)
     r = artifact.report
     result = {
         "artifact": str(output),
+        "digest": artifact.manifest["digest"],
         **{
             k: r[k] for k in ("budget", "ffn_active", "seconds", "peak_rss_mb", "quality", "passes")
         },
@@ -266,6 +295,42 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         _out(render(r))
         _out(f"\n{output}")
     return result
+
+
+def _dump(config: ConvertConfig, *, as_json: bool) -> dict[str, Any]:
+    """The resolved recipe."""
+    import tomllib
+
+    from carve.pipeline import passes_of
+    from carve.recipe import resolved
+
+    text = resolved(config, passes_of(config))
+    if not as_json:
+        _out(text.rstrip("\n"))
+    return tomllib.loads(text)
+
+
+def _stopped(stopped: Stopped, *, as_json: bool) -> dict[str, Any]:
+    """What is said of a conversion that stopped where it was asked to."""
+    from dataclasses import asdict
+
+    from carve.state import size_of
+
+    size = size_of(stopped.folder)
+    if not as_json:
+        from carve.report import pass_table
+
+        _out(pass_table([asdict(p) for p in stopped.passes]))
+        _out(
+            f"\nstopped after {stopped.after}; --resume goes on from {stopped.folder} "
+            f"({size / 1e6:.1f} MB)"
+        )
+    return {
+        "stopped_after": stopped.after,
+        "state": str(stopped.folder),
+        "state_bytes": size,
+        "passes": [asdict(p) for p in stopped.passes],
+    }
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -394,10 +459,25 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 def _list(args: argparse.Namespace) -> dict[str, Any]:
     from carve.config import PASS_NAMES, TARGETS
 
-    names = list(PASS_NAMES if args.what == "passes" else TARGETS)
+    if args.what == "targets":
+        if not args.json:
+            _out("\n".join(TARGETS))
+        return {"targets": list(TARGETS)}
+    from carve.settings import of_pass
+
+    found = {name: of_pass(name) for name in PASS_NAMES}
     if not args.json:
-        _out("\n".join(names))
-    return {args.what: names}
+        for name, (what, settings) in found.items():
+            _out(f"{name}: {what}")
+            for s in settings:
+                _out(f"    {s.name} = {json.dumps(s.default)}: {s.about}")
+    return {
+        "passes": list(PASS_NAMES),
+        "settings": {
+            name: {s.name: {"default": s.default, "about": s.about} for s in settings}
+            for name, (_, settings) in found.items()
+        },
+    }
 
 
 _COMMANDS = {

@@ -7,16 +7,14 @@ and become the passes' own dataclasses when the pipeline is built.
 from __future__ import annotations
 
 import difflib
-import json
-import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from carve.engine_form import FORMS, EngineForm, check_request, form_of
 from carve.errors import UserError
 from carve.files import parse_toml, read_toml
+from carve.typed import fits
 
 PASS_NAMES = (
     "place_gates",
@@ -236,6 +234,7 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
         UserError: an unknown section or key, with the nearest valid one, or a value out of range.
     """
     general: dict[str, Any] = {}
+    kinds = get_type_hints(ConvertConfig)
     passes: dict[str, dict[str, Any]] = {}
     check_sections(table)
     for section, values in table.items():
@@ -243,7 +242,12 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
             for key, value in values.items():
                 if key not in _GENERAL:
                     raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
-                general[key] = _typed(key, tuple(value) if isinstance(value, list) else value)
+                general[key] = tuple(value) if isinstance(value, list) else value
+                if not fits(general[key], kinds[key]):
+                    raise UserError(
+                        "recipe",
+                        f"convert.{key} = {value!r:.60} has to be of type {_named(kinds[key])}",
+                    )
         elif section in PASS_NAMES:
             passes[section] = values
         else:
@@ -252,23 +256,12 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
     return ConvertConfig(**general, passes=passes)
 
 
-def _typed(key: str, value: Any) -> Any:
-    """The value of a general setting, if it is of the setting's type.
-
-    Raises:
-        UserError: it is of another.
-    """
-    want = get_type_hints(ConvertConfig)[key]
-    kinds = set(get_args(want) or (want,))
-    if get_origin(want) is tuple:
-        fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    else:
-        # A whole number will do for a float, but true is no number.
-        fits = type(value) in kinds or (type(value) is int and float in kinds)
-    if not fits:
-        names = " or ".join(sorted(k.__name__ for k in kinds if k not in (Ellipsis, NoneType)))
-        raise UserError("recipe", f"convert.{key} = {value!r:.60} has to be of type {names}")
-    return value
+def _named(kind: Any) -> str:
+    """A type in words."""
+    names = [getattr(a, "__name__", str(a)) for a in get_args(kind)] or [kind.__name__]
+    if get_origin(kind) is tuple:
+        return f"list of {names[0]}"
+    return " or ".join(n for n in names if n != "NoneType")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -313,34 +306,21 @@ def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
         table.setdefault(section, {})[key] = value
 
 
-def to_toml(config: ConvertConfig) -> str:
-    """The resolved recipe as TOML."""
-    general = {k: v for k, v in asdict(config).items() if k != "passes" and v is not None}
-    lines = ["[convert]", *(f"{k} = {json.dumps(v)}" for k, v in general.items())]
-    for name, values in config.passes.items():
-        lines += ["", f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
-    return "\n".join(lines) + "\n"
-
-
 def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
     """A pass's configuration dataclass from its table.
 
     Raises:
         UserError: an unknown key, with the nearest valid one, or a value of another type.
     """
-    known = {f.name: getattr(cls(), f.name) for f in fields(cls)}
-    for key, value in values.items():
+    kinds = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for key, value in given.items():
         if key not in known:
-            raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, list(known))}")
-        want = type(known[key])
-        fits = (
-            isinstance(value, (want, int))
-            if want is float
-            else isinstance(value, (want, list) if want is tuple else want)
-        )
-        real = not isinstance(value, float) or math.isfinite(value)
-        if not fits or not real or (isinstance(value, bool) and want is not bool):
+            raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, known)}")
+        if not fits(value, kinds[key]):
             raise UserError(
-                "recipe", f"{section}.{key} = {value!r} has to be of type {want.__name__}"
+                "recipe",
+                f"{section}.{key} = {value!r:.60} has to be of type {_named(kinds[key])}",
             )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cls(**given)

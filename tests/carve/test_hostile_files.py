@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from carve_runtime.errors import ArtifactError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,7 +29,6 @@ from carve.measure import source_of
 from carve.placement.devices import parse_devices
 from carve.placement.sizes import Sizes
 from carve.placement.trace import Trace
-from carve.training_state import TrainingState
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import fuzz_carve
@@ -305,50 +303,6 @@ def test_artifact_that_points_elsewhere(tmp_path: Path) -> None:
     (folder / "report.json").symlink_to(tmp_path / "report.json")
     with pytest.raises(ArtifactError, match="outside"):
         Artifact.open(folder)
-
-
-@pytest.mark.parametrize("how", ["moment", "weight", "nan", "index", "losses", "step", "absent"])
-def test_states_are_taken_whole_or_not_at_all(tmp_path: Path, how: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    def trainee() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 2)
-        return model, torch.optim.Adam(model.parameters())
-
-    model, optimizer = trainee()
-    model(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    state = TrainingState(tmp_path, "key")
-    state.save(model, optimizer, 1, [0.5])
-    fresh, optimizer = trainee()
-    losses: list[float] = []
-    assert state.load(fresh, optimizer, losses) == 1
-    assert torch.equal(fresh.weight, model.weight)  # type: ignore[arg-type]
-
-    tensors = load_file(state.file)
-    facts = {"key": "key", "step": "1", "losses": "[0.5]"}
-    if how == "moment":
-        tensors["adam:0:exp_avg"] = torch.zeros(5)
-    elif how == "weight":
-        tensors["model:weight"] = torch.zeros(3, 3)
-    elif how == "nan":
-        tensors["model:weight"][0, 0] = float("nan")
-    elif how == "index":
-        tensors["adam:7:exp_avg"] = torch.zeros(2, 3)
-    elif how == "losses":
-        facts["losses"] = "5"
-    elif how == "step":
-        facts["step"] = "-1"
-    else:
-        del facts["losses"]
-    save_file(tensors, state.file, facts)
-    fresh, optimizer = trainee()
-    before, losses = fresh.weight.clone(), []  # type: ignore[operator]
-    assert state.load(fresh, optimizer, losses) == 0
-    assert torch.equal(fresh.weight, before)  # type: ignore[arg-type]
-    assert not losses
-    assert not optimizer.state_dict()["state"]
 
 
 # As the fuzzer does it (tools/fuzz.py), for a moment
