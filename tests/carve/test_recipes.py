@@ -111,7 +111,7 @@ def test_dump_recipe_converts_nothing(
         ("seed=1.5", "int"),
         ('targets="onnx-cpu"', "list of str"),
         ("exact=1", "bool"),
-        ("size=4", "str"),
+        ("effort=4", "str"),
     ],
 )
 def test_values_of_another_type(setting: str, word: str) -> None:
