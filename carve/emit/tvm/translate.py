@@ -1,0 +1,409 @@
+"""From the captured graph to Relax: our kernels where the work is, TVM's own operators elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tvm import relax, tirx
+from tvm.relax import op
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+from carve.emit.tvm import patterns
+from carve.emit.tvm.params import Parameters
+from carve.emit.tvm.plain import Plain
+from carve.errors import CarveError
+from carve.match import LINEAR
+from carve.program import EMBEDDING, Program
+
+aten = torch.ops.aten
+ATTENTION = torch.ops.carve.attention.default
+ROUTED = torch.ops.carve.routed_ffn.default
+GATED = torch.ops.carve.gated.default
+Converter = Callable[[fx.Node], Any]
+
+
+class Reading:
+    """What is known of a program's graph before it is translated.
+
+    ``needed`` are the nodes that are computed, in order, with what fused kernels swallow left out.
+    """
+
+    def __init__(self, program: Program) -> None:
+        graph = program.module.graph
+        self.program = program
+        self.constants = patterns.constants(graph, program.module)
+        self.norms: dict[fx.Node, patterns.RMSNorm] = {}
+        self.rotaries: dict[fx.Node, patterns.Rotary] = {}
+        for n in graph.nodes:
+            norm, turned = patterns.rms_norm(n, self.constants), patterns.rotary(n)
+            if norm is not None:
+                self.norms[n] = norm
+            elif turned is not None:
+                self.rotaries[n] = turned
+        self.sites = {s.output: s for s in program.sites if s.routed is not None}
+        self.blocks = {b.gate_node: b for b in program.gated}
+        results: Any = graph.output_node().args[0]
+        self.results: list[fx.Node] = list(results)
+        self.head = patterns.head_product(self.results[0]) if program.kind == "decoder" else None
+        self.needed = self._needed(graph)
+
+    def uses(self, n: fx.Node) -> list[fx.Node]:
+        """The nodes whose values ``n`` is computed from."""
+        if n in self.constants:
+            return []
+        if n in self.norms:
+            return [self.norms[n].x]
+        if n in self.rotaries:
+            r = self.rotaries[n]
+            return [r.x, r.cos, r.sin]
+        if n.target is ROUTED:
+            return [n.args[0]]  # type: ignore[list-item]
+        if n.target is GATED:
+            return list(n.args[:3])  # type: ignore[arg-type]
+        return [i for i in n.all_input_nodes if i not in self.constants]
+
+    def _needed(self, graph: fx.Graph) -> list[fx.Node]:
+        wanted = set(self.results)
+        for n in reversed(graph.nodes):
+            if n in wanted:
+                wanted.update(self.uses(n))
+        return [n for n in graph.nodes if n in wanted and n.op == "call_function"]
+
+
+class _Values(dict[fx.Node, Any]):
+    """Values by node; what only stands as another arrangement of axes is made when asked for."""
+
+    def __init__(self, make: Callable[[fx.Node], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, node: fx.Node) -> Any:
+        value = self[node] = self.make(node)
+        return value
+
+
+class Translator(ExportedProgramImporter):  # type: ignore[misc]
+    """Translates one function of a program.
+
+    Args:
+        reading: the program's graph.
+        params: takes the stored tensors.
+        bb: takes the function.
+    """
+
+    def __init__(self, reading: Reading, params: Parameters, bb: relax.BlockBuilder) -> None:
+        super().__init__()
+        self.reading, self.stored, self.block_builder = reading, params, bb
+        self.kernels = Plain(bb, params)
+        self.env: Any = _Values(self._arranged)
+        self.swapped: dict[fx.Node, relax.Expr] = {}
+        """By node ``[B, H, S, D]``: the same values as ``[B, S, H, D]``."""
+        self.present: dict[fx.Node, tuple[relax.Expr, relax.Expr]] = {}
+        self.position: relax.Expr | None = None
+        self.keep: Any = None
+        """Rows of logits that are wanted, the last ones; None for all."""
+        self.ours: dict[Any, Converter] = {
+            LINEAR: self._our_linear,
+            EMBEDDING: self._our_embedding,
+            ROUTED: self._our_routed,
+            ATTENTION: self._our_attention,
+            aten.layer_norm.default: self._our_layer_norm,
+            aten.scaled_dot_product_attention.default: self._our_sdpa,
+            aten.transpose.int: self._our_transpose,
+            aten.chunk.default: self._our_split,
+            aten.split.Tensor: self._our_split,
+            aten.split_with_sizes.default: self._our_split,
+            aten.slice.Tensor: self._our_slice,
+            aten.view.default: self._our_reshape,
+            aten.reshape.default: self._our_reshape,
+            aten.to.device: self._to_device,
+            aten.sym_size.int: self._our_size,
+        }
+
+    # Values
+
+    def _arranged(self, node: fx.Node) -> Any:
+        if node in self.swapped:
+            return self.emit(op.permute_dims(self.swapped[node], [0, 2, 1, 3]))
+        if node in self.reading.constants:
+            return self.stored.tensor(str(node.target if node.op == "get_attr" else f"constant.{node.name}"), self.reading.constants[node])
+        raise CarveError("emit", f"{node.name} is used before it is computed")
+
+    def emit(self, value: relax.Expr) -> relax.Var:
+        """Bind a value."""
+        return self.block_builder.emit(value)
+
+    def heads(self, node: fx.Node) -> relax.Expr:
+        """``[B, S, H, D]`` of a node ``[B, H, S, D]``."""
+        if node not in self.swapped:
+            self.swapped[node] = self.emit(op.permute_dims(self.env[node], [0, 2, 1, 3]))
+        return self.swapped[node]
+
+    def tensor_of(self, node: Any) -> Tensor | None:
+        """The stored tensor behind an argument."""
+        return self.reading.constants.get(node)
+
+    # Nodes
+
+    def run(self, nodes: Sequence[fx.Node]) -> None:
+        """Translate nodes in order."""
+        for n in nodes:
+            self.node(n)
+
+    def node(self, n: fx.Node) -> None:
+        """Translate one node."""
+        if n in self.reading.norms:
+            norm = self.reading.norms[n]
+            weight = self.env[norm.weight]
+            self.env[n] = self.kernels.rms_norm(self.env[norm.x], weight, norm.epsilon)
+        elif n in self.reading.rotaries:
+            r = self.reading.rotaries[n]
+            self.swapped[n] = self.kernels.rotary(
+                self.heads(r.x), self.env[r.cos], self.env[r.sin], r.width
+            )
+        elif n.target in self.ours:
+            value = self.ours[n.target](n)
+            if value is not None:
+                self.env[n] = value
+        elif patterns.passes_through(n):
+            self._alias(n, n.args[0])
+        elif n.target is GATED:
+            self._gate(n)
+        elif getattr(n.target, "__name__", "") == "getitem" and n.args[0].target is ATTENTION:  # type: ignore[union-attr]
+            if n.args[1] == 0:
+                self._alias(n, n.args[0])
+        elif getattr(n.target, "__name__", "") == "getitem" and n.args[0] in self._pieces:
+            self._pieces[n.args[0]](n)
+        else:
+            self._theirs(n)
+
+    _pieces: dict[Any, Converter]
+
+    def _theirs(self, n: fx.Node) -> None:
+        name = getattr(n.target, "__name__", str(n.target))
+        if name not in self.convert_map:
+            raise CarveError(
+                "emit",
+                f"{n.target} has no translation to TVM",
+                "leave the tvm target out, or report the architecture",
+            )
+        try:
+            self.env[n] = self.convert_map[name](n)
+        except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as e:
+            raise CarveError("emit", f"{n.target} could not be translated to TVM: {e}") from e
+
+    def _alias(self, n: fx.Node, source: Any) -> None:
+        if source in self.swapped:
+            self.swapped[n] = self.swapped[source]
+        else:
+            self.env[n] = self.env[source]
+
+    # Arrangements of heads
+
+    def _our_transpose(self, n: fx.Node) -> Any:
+        source: Any = n.args[0]
+        if not patterns.is_head_swap(n):
+            return self._transpose(n)
+        if source in self.swapped:
+            return self.swapped[source]
+        self.swapped[n] = self.env[source]
+        return None
+
+    def _last_axis_slice(self, value: relax.Expr, start: int, stop: int) -> relax.Expr:
+        axis = len(value.ty.shape) - 1
+        return self.emit(op.strided_slice(value, [axis], [start], [stop]))
+
+    def _our_slice(self, n: fx.Node) -> Any:
+        if patterns.passes_through(n):
+            self._alias(n, n.args[0])
+            return None
+        source: Any = n.args[0]
+        if source in self.swapped and n.args[1] in (-1, 3) and len(n.args) == 4:
+            width = int(self.swapped[source].ty.shape[3])
+            start, stop = (min(int(a), width) for a in n.args[2:4])  # type: ignore[arg-type]
+            self.swapped[n] = self._last_axis_slice(self.swapped[source], start, stop)
+            return None
+        return self._slice(n)
+
+    def _our_split(self, n: fx.Node) -> Any:
+        """Parts along the last axis are cut where they are taken."""
+        source: Any = n.args[0]
+        values = n.meta["val"]
+        axis = n.args[2] if len(n.args) > 2 else 0
+        if axis not in (-1, values[0].ndim - 1):
+            raise CarveError("emit", f"{n.target} along axis {axis} has no translation to TVM")
+        widths = [int(v.shape[-1]) for v in values]
+
+        def part(item: fx.Node) -> None:
+            i = int(item.args[1])  # type: ignore[call-overload]
+            start = sum(widths[:i])
+            if source in self.swapped:
+                self.swapped[item] = self._last_axis_slice(
+                    self.swapped[source], start, start + widths[i]
+                )
+            else:
+                self.env[item] = self._last_axis_slice(
+                    self.env[source], start, start + widths[i]
+                )
+
+        self._pieces[n] = part
+        return None
+
+    def _our_reshape(self, n: fx.Node) -> Any:
+        value = self.env[n.args[0]]
+        sizes = [self.env[s] if isinstance(s, fx.Node) else s for s in n.args[1]]  # type: ignore[union-attr]
+        have = list(value.ty.shape)
+        if -1 in sizes:
+            # Symbols cancel by hand: the rest of the product is then known.
+            whole = list(have)
+            rest = []
+            for s in sizes:
+                if isinstance(s, int) and s == -1:
+                    continue
+                same = next((w for w in whole if _equal(w, s)), None)
+                if same is None:
+                    rest.append(s)
+                else:
+                    whole.remove(same)
+            missing: Any = 1
+            for w in whole:
+                missing = missing * w
+            for s in rest:
+                missing = tirx.floordiv(missing, s) if not _ints(missing, s) else int(missing) // int(s)
+            sizes[sizes.index(-1)] = missing
+        if len(sizes) == len(have) and all(_equal(a, b) for a, b in zip(sizes, have, strict=True)):
+            return value
+        return self.emit(op.reshape(value, sizes))
+
+    def _our_size(self, n: fx.Node) -> Any:
+        return self.env[n.args[0]].ty.shape[n.args[1]]
+
+    def _to_device(self, n: fx.Node) -> Any:
+        if patterns.passes_through(n):
+            return self.env[n.args[0]]
+        return self.emit(op.astype(self.env[n.args[0]], self._convert_data_type(n.args[2])))
+
+    # Kernels
+
+    def _our_linear(self, n: fx.Node) -> Any:
+        weight = self.tensor_of(n.args[1])
+        bias = self.tensor_of(n.args[2]) if len(n.args) > 2 else None
+        if weight is None:
+            raise CarveError("emit", f"{n.name}: a linear whose weight is computed, not stored")
+        x = self.env[n.args[0]]
+        if n is self.reading.head and self.keep is not None:
+            x = self._last_rows(x)
+        return self.kernels.linear(x, str(n.args[1].target), [weight], bias)  # type: ignore[union-attr]
+
+    def _last_rows(self, x: relax.Expr) -> relax.Expr:
+        from tvm import te
+
+        width = int(x.ty.shape[2])
+        keep = self.keep
+
+        def last(x: te.Tensor) -> te.Tensor:
+            return te.compute((1, keep, width), lambda b, i, j: x[b, x.shape[1] - keep + i, j])
+
+        return self.block_builder.emit_te(last, x)
+
+    def _our_embedding(self, n: fx.Node) -> Any:
+        table = self.tensor_of(n.args[0])
+        if table is None:
+            raise CarveError("emit", f"{n.name}: an embedding whose table is computed")
+        return self.kernels.lookup(table, str(n.args[0].target), self.env[n.args[1]])  # type: ignore[union-attr]
+
+    def _our_routed(self, n: fx.Node) -> Any:
+        site = self.reading.sites[n]
+        assert site.routed is not None
+        return self.kernels.routed(self.env[n.args[0]], site.name, site.routed)
+
+    def _our_layer_norm(self, n: fx.Node) -> Any:
+        args = [*n.args, *[None] * (5 - len(n.args))]
+        x = self.env[args[0]]
+        width = int(args[1][0])  # type: ignore[index]
+        if len(args[1]) != 1:  # type: ignore[arg-type]
+            raise CarveError("emit", f"{n.name}: a norm over several axes")
+        weight = self.env[args[2]] if args[2] is not None else self._filled(width, 1.0)
+        bias = self.env[args[3]] if args[3] is not None else self._filled(width, 0.0)
+        epsilon = 1e-5 if args[4] is None else float(args[4])  # type: ignore[arg-type]
+        return self.kernels.layer_norm(x, weight, bias, epsilon)
+
+    def _filled(self, width: int, value: float) -> relax.Var:
+        return self.stored.tensor(f"constant.{value}.{width}", torch.full((width,), value))
+
+    def _our_sdpa(self, n: fx.Node) -> Any:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+        a = {**dict(zip(names, n.args, strict=False)), **n.kwargs}
+        if a.get("is_causal") or a.get("enable_gqa") or a.get("dropout_p"):
+            raise CarveError("emit", f"{n.name}: this form of attention has no translation to TVM")
+        q, k, v = (self.env[a[name]] for name in names[:3])
+        scale = a.get("scale") or float(int(q.ty.shape[-1])) ** -0.5
+        scores = self.emit(op.matmul(q, self.emit(op.permute_dims(k, [0, 1, 3, 2]))))
+        scores = self.emit(op.multiply(scores, relax.const(float(scale), "float32")))
+        mask = a.get("attn_mask")
+        if mask is not None:
+            m = self.env[mask]
+            if m.ty.dtype.dtype == "bool":
+                m = self.emit(
+                    op.where(m, relax.const(0.0, "float32"), relax.const(-1e30, "float32"))
+                )
+            scores = self.emit(op.add(scores, m))
+        return self.emit(op.matmul(self.emit(op.nn.softmax(scores, -1)), v))
+
+    def _our_attention(self, n: fx.Node) -> Any:
+        self._append(n)
+        self._attend(n, self.position)
+        return None
+
+    def _append(self, n: fx.Node) -> None:
+        """New keys and values into the cache."""
+        _, k, v, past_key, past_value = n.args[:5]
+        self.present[n] = (
+            self.kernels.append(self.heads(k), self.position, self.env[past_key]),  # type: ignore[arg-type]
+            self.kernels.append(self.heads(v), self.position, self.env[past_value]),  # type: ignore[arg-type]
+        )
+
+    def _attend(self, n: fx.Node, position: relax.Expr | None) -> None:
+        scale, window, softcap = n.args[5:8]
+        key, value = self.present[n]
+        self.swapped[n] = self.kernels.attend(
+            self.heads(n.args[0]),  # type: ignore[arg-type]
+            position,
+            key,
+            value,
+            float(scale),  # type: ignore[arg-type]
+            int(window),  # type: ignore[call-overload]
+            float(softcap),  # type: ignore[arg-type]
+        )
+
+    # Scopes
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Values that are computed inside do not leave it."""
+        env, swapped = dict(self.env), dict(self.swapped)
+        try:
+            yield
+        finally:
+            self.env.clear()
+            self.env.update(env)
+            self.swapped = swapped
+
+    def _gate(self, n: fx.Node) -> None:
+        raise CarveError("emit", "skip gates have no translation to TVM yet")
+
+
+def _ints(*values: Any) -> bool:
+    return all(isinstance(v, int | tirx.IntImm) for v in values)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if _ints(a, b):
+        return int(a) == int(b)
+    if _ints(a) or _ints(b):
+        return False
+    return bool(a.same_as(b)) if hasattr(a, "same_as") else a is b
