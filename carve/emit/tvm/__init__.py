@@ -1,1 +1,1 @@
-"""The TVM back end: a program to a library of its own kernels and the weights beside it."""
+"""TVM back end: Relax modules whose dialect operators are TIR kernels of carve's own."""
