@@ -374,9 +374,9 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(args: argparse.Namespace) -> dict[str, Any]:
-    from carve.config import PASS_NAMES, TARGETS
+    from carve.config import PASS_NAMES, target_names
 
-    names = list(PASS_NAMES if args.what == "passes" else TARGETS)
+    names = list(PASS_NAMES if args.what == "passes" else target_names())
     if not args.json:
         _out("\n".join(names))
     return {args.what: names}

@@ -50,7 +50,8 @@ class ConvertConfig:
         reads: most bytes of weights that a token reads on average, which is what decoding takes its
             time for; widths are chosen to fit.
         targets: what to emit: ``onnx-cpu``, one file; ``onnx-split``, experts one by one, which
-            fits devices smaller than the model, or several of them.
+            fits devices smaller than the model, or several of them; ``tvm:`` and a processor, for
+            example ``tvm:x86_64``, a library for it and for TVM's runtime alone.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
@@ -130,8 +131,8 @@ def _check(c: ConvertConfig) -> None:
     if "place" in c.passes and c.devices is None and "devices" not in c.passes["place"]:
         raise UserError("config", "[place] needs devices", "give --devices D.toml")
     for t in c.targets:
-        if t not in TARGETS:
-            raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")
+        if t not in target_names():
+            raise UserError("target", f"unknown target {t!r}{nearest(t, target_names())}")
     if "onnx-split" in c.targets and (c.is_dense or c.skip):
         what = "skip gates" if c.skip else "a model without routed FFNs"
         raise UserError("target", f"onnx-split has no form of {what}", "leave one of them out")
@@ -167,6 +168,13 @@ def _check(c: ConvertConfig) -> None:
     for p in c.passes:
         if p not in PASS_NAMES:
             raise UserError("config", f"unknown pass {p!r}{nearest(p, PASS_NAMES)}")
+
+
+def target_names() -> tuple[str, ...]:
+    """Every target that there is a back end for."""
+    from carve.emit.tvm.names import target_names as tvm
+
+    return (*TARGETS, *tvm())
 
 
 def _check_bits(c: ConvertConfig) -> None:

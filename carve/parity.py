@@ -76,6 +76,18 @@ def run_split(
         engine.close()
 
 
+def run_tvm(
+    path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
+) -> list[list[Any]]:
+    """All results of a model that TVM compiled, whose index ``path`` is, for each prompt."""
+    from carve_runtime.tvm_engine import TvmEngine
+    from carve_runtime.tvm_index import read_tvm_index
+
+    files = {p.name for p in path.parent.iterdir()}
+    engine = TvmEngine(read_tvm_index(path.parent.resolve(), files, path.name), None)
+    return [engine.run(feeds_of(program, p, list(engine.inputs))) for p in prompts]
+
+
 def routings(program: Program, inputs: Sequence[Tensor]) -> list[bytes]:
     """The experts that each token chose in all sites, as comparable bytes."""
     masks: list[Tensor] = []
@@ -117,7 +129,7 @@ def check_parity(
         prompts: program inputs; their routings have to differ from one another and from the
             example input's, else the check would not see a baked routing.
         bits: width that was emitted; the program runs in the kernels' own arithmetic at it.
-        run: gives the model's results, `run_onnx` or `run_split`.
+        run: gives the model's results: `run_onnx`, `run_split` or `run_tvm`.
 
     Raises:
         CarveError: the results differ, or the prompts do not exercise the router.

@@ -14,6 +14,7 @@ from carve import artifact as art
 from carve.artifact import Artifact
 from carve.config import ConvertConfig, build, parse_size, to_toml
 from carve.errors import CarveError, UserError
+from carve.targets import check_targets
 from carve.version import __version__
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def convert(
     out = Path(output)
     passes = build_passes(config)
     art.check_output(out)
+    check_targets(config.targets)
     if isinstance(model, (str, Path)):
         return _convert_checkpoint(Path(model), out, config, passes, progress)
     if example is None or calibration is None:
@@ -215,9 +217,10 @@ class _Conversion:
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
         from carve.realised import realised
-        from carve.targets import emit_targets
+        from carve.targets import check_translation, emit_targets
 
         program = self.program
+        check_translation(program, self.config.targets, self.config.nominal_bits)
         parameters = sum(p.numel() for p in program.module.parameters())
         count = default_tokens(self.config, parameters)
         results: list[PassResult] = []

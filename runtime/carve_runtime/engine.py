@@ -18,10 +18,15 @@ from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
 # variable, read as onnxruntime initializes, stops all of it. A value that is set already stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import onnxruntime as ort  # type: ignore[import-untyped]
-
 PROVIDERS: Mapping[str, Sequence[str]] = {"onnx-cpu": ("CPUExecutionProvider",)}
 _FLOAT32 = "tensor(float)"
+
+
+def _ort() -> Any:
+    """onnxruntime, imported where it is used: artifacts of TVM run without it."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    return onnxruntime
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class Engine:
     """
 
     def __init__(self, path: Path, target: str, threads: int | None) -> None:
-        options = ort.SessionOptions()
+        options = _ort().SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -110,7 +115,7 @@ class Engine:
         # Inputs with a value of their own, which need not be fed.
         self.optional = _ports(self._session.get_overridable_initializers())
         # A long prefill leaves activations in the arena that later steps never fill again.
-        self._shrink = ort.RunOptions()
+        self._shrink = _ort().RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -184,7 +189,7 @@ class ExpertSession:
     """
 
     def __init__(self, graph: bytes, folder: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-        options = ort.SessionOptions()
+        options = _ort().SessionOptions()
         options.log_severity_level = 3
         # Experts run side by side in threads of the caller; a pool for each would be hundreds.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -222,6 +227,7 @@ def _session(
     Raises:
         ArtifactError: ``model`` when onnxruntime refuses it.
     """
+    ort = _ort()
     try:
         if tensors is not None:
             options.add_external_initializers(list(tensors), [value(a) for a in tensors.values()])
@@ -244,4 +250,4 @@ def _failed(error: Exception) -> CarveRuntimeError:
 
 def value(array: NDArray[Any]) -> Any:
     """An OrtValue over the memory of a C-contiguous array, which it keeps alive."""
-    return ort.OrtValue.ortvalue_from_numpy(array)
+    return _ort().OrtValue.ortvalue_from_numpy(array)

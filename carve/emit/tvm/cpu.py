@@ -38,6 +38,10 @@ class Cpu:
         """Whether 8-bit weights are stored as signed numbers: only VNNI wants unsigned ones."""
         return self.dot != "vnni"
 
+    def runs_on(self, other: Cpu) -> bool:
+        """Whether ``other`` can do all that this one can."""
+        return self.triple == other.triple and self.flags <= other.flags
+
     def target(self) -> Any:
         """The ``tvm.target.Target``."""
         from tvm.target import Target  # type: ignore[import-not-found,unused-ignore]

@@ -17,18 +17,9 @@ OPAQUE = {"op_pattern": 8, "tirx.noalias": True}
 
 
 class Plain:
-    def __init__(self, bb: relax.BlockBuilder, params: Parameters) -> None:
+    def __init__(self, bb: relax.BlockBuilder, params: Parameters, products) -> None:
         self.bb, self.params = bb, params
-
-    def linear(self, x: relax.Expr, name: str, weights: Sequence[Tensor], bias: Tensor | None) -> relax.Expr:
-        parts = []
-        for i, w in enumerate(weights):
-            p = self.params.tensor(f"{name}.{i}", w)
-            parts.append(self.bb.emit(op.matmul(x, op.permute_dims(p))))
-        y = parts[0] if len(parts) == 1 else self.bb.emit(op.concat(parts, -1))
-        if bias is not None:
-            y = self.bb.emit(op.add(y, self.params.tensor(f"{name}.bias", bias)))
-        return y
+        self.linear = products.linear
 
     def activate(self, x, name):
         one = relax.const(1.0, "float32")

@@ -15,6 +15,7 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from carve.emit.tvm import patterns
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.plain import Plain
+from carve.emit.tvm.products import Products
 from carve.errors import CarveError
 from carve.match import LINEAR
 from carve.program import EMBEDDING, Program
@@ -95,13 +96,16 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         bb: takes the function.
     """
 
-    def __init__(self, reading: Reading, params: Parameters, bb: relax.BlockBuilder) -> None:
+    def __init__(
+        self, reading: Reading, params: Parameters, bb: relax.BlockBuilder, products: Products
+    ) -> None:
         super().__init__()
         self.reading, self.stored, self.block_builder = reading, params, bb
-        self.kernels = Plain(bb, params)
+        self.kernels = Plain(bb, params, products)
         self.env: Any = _Values(self._arranged)
         self.swapped: dict[fx.Node, relax.Expr] = {}
         """By node ``[B, H, S, D]``: the same values as ``[B, S, H, D]``."""
+        self._pieces: dict[Any, Converter] = {}
         self.present: dict[fx.Node, tuple[relax.Expr, relax.Expr]] = {}
         self.position: relax.Expr | None = None
         self.keep: Any = None
@@ -183,8 +187,6 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             self._pieces[n.args[0]](n)
         else:
             self._theirs(n)
-
-    _pieces: dict[Any, Converter]
 
     def _theirs(self, n: fx.Node) -> None:
         name = getattr(n.target, "__name__", str(n.target))

@@ -1,4 +1,4 @@
-"""From a program to a library and its weights."""
+"""The functions of a compiled model, and what they take."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
+from carve.arithmetic import Precision
+from carve.emit.tvm.cpu import Cpu
 from carve.emit.tvm.params import Parameters
+from carve.emit.tvm.products import Products
 from carve.emit.tvm.translate import Reading, Translator
 from carve.program import Program
 
 
-def translate(program: Program) -> tuple[tvm.IRModule, Parameters]:
+def translate(program: Program, bits: int, cpu: Cpu) -> tuple[tvm.IRModule, Parameters]:
     """The program's functions and the tensors that they take.
 
     A decoder has ``decode`` for one token and ``prefill`` for several, both over one sequence:
@@ -20,11 +23,12 @@ def translate(program: Program) -> tuple[tvm.IRModule, Parameters]:
     ``main``.
     """
     reading, params, bb = Reading(program), Parameters(), relax.BlockBuilder()
+    products = Products(bb, params, cpu, Precision(program, bits))
     if program.kind == "decoder":
-        _decoder(reading, params, bb, "decode", 1)
-        _decoder(reading, params, bb, "prefill", tirx.Var("length", "int64"))
+        _decoder(reading, products, "decode", 1)
+        _decoder(reading, products, "prefill", tirx.Var("length", "int64"))
     else:
-        _main(reading, params, bb)
+        _main(reading, products)
     return bb.get(), params
 
 
@@ -32,10 +36,8 @@ def _inputs(program: Program) -> list[Any]:
     return list(program.module.graph.find_nodes(op="placeholder"))
 
 
-def _decoder(
-    reading: Reading, params: Parameters, bb: relax.BlockBuilder, name: str, length: Any
-) -> None:
-    program = reading.program
+def _decoder(reading: Reading, products: Products, name: str, length: Any) -> None:
+    program, params, bb = reading.program, products.params, products.bb
     params.begin(name)
     nodes = _inputs(program)
     ids = relax.Var("input_ids", relax.TensorType([1, length], "int64"))
@@ -48,8 +50,7 @@ def _decoder(
     ]
     given = [ids, position, *caches]
     rows: list[relax.Var] = []
-    t = Translator(reading, params, bb)
-    t._pieces = {}
+    t = Translator(reading, params, bb, products)
     t.position = position
     if length != 1 and reading.head is not None:
         t.keep = tirx.Var("keep", "int64")
@@ -58,7 +59,6 @@ def _decoder(
         t.env[node] = value
     # The tensors are known when the body is: the function is opened with the inputs alone.
     with bb.function(name, [ids, position, *rows, *caches]):
-        _sizes(t, reading)
         t.run(reading.needed)
         kept = [c for pair in t.present.values() for c in pair]
         out = bb.emit(relax.Tuple([t.env[reading.results[0]], *kept]))
@@ -66,8 +66,8 @@ def _decoder(
     _append_parameters(bb, name, params.variables)
 
 
-def _main(reading: Reading, params: Parameters, bb: relax.BlockBuilder) -> None:
-    program = reading.program
+def _main(reading: Reading, products: Products) -> None:
+    program, params, bb = reading.program, products.params, products.bb
     params.begin("main")
     nodes = _inputs(program)
     symbols: dict[str, tirx.Var] = {}
@@ -76,30 +76,25 @@ def _main(reading: Reading, params: Parameters, bb: relax.BlockBuilder) -> None:
         zip(nodes, program.example, program.dynamic, strict=True)
     ):
         sizes = [
-            _symbol(symbols, example, a, axes, node) if a in axes else int(n)
+            _symbol(symbols, a) if a in axes else int(n)
             for a, n in enumerate(example.shape)
         ]
         dtype = str(example.dtype).removeprefix("torch.")
         given.append(relax.Var(f"input{i}", relax.TensorType(sizes, dtype)))
-    t = Translator(reading, params, bb)
-    t._pieces = {}
+    t = Translator(reading, params, bb, products)
     for node, value in zip(nodes, given, strict=True):
         t.env[node] = value
     with bb.function("main", given):
-        _sizes(t, reading)
         t.run(reading.needed)
         out = bb.emit(relax.Tuple([t.env[n] for n in reading.results]))
         bb.emit_func_output(out)
     _append_parameters(bb, "main", params.variables)
 
 
-def _symbol(symbols: dict[str, tirx.Var], example: Any, axis: int, axes: Any, node: Any) -> tirx.Var:
+def _symbol(symbols: dict[str, tirx.Var], axis: int) -> tirx.Var:
+    """The size of a dynamic axis, the same in all inputs: batches and lengths are."""
     name = f"n{axis}"
     return symbols.setdefault(name, tirx.Var(name, "int64"))
-
-
-def _sizes(t: Translator, reading: Reading) -> None:
-    pass
 
 
 def _append_parameters(bb: relax.BlockBuilder, name: str, variables: list[relax.Var]) -> None:

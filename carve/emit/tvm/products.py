@@ -1,0 +1,135 @@
+"""Products with stored weights: which kernel computes them, and how their weights are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tvm import relax
+from tvm.relax import op
+
+from carve.arithmetic import Precision
+from carve.emit.tvm.cpu import Cpu
+from carve.emit.tvm.kernels import Format, LinearSpec, linear
+from carve.emit.tvm.kernels.layout import Array, linear_layout
+from carve.emit.tvm.params import Parameters
+from carve.emit.tvm.weights import Matrix, Packed, pack_linear, widen
+from carve.grid import Grid
+
+OPAQUE = 8
+"""What keeps TVM's fusion away from a kernel: the last of its operator patterns."""
+
+
+class Packing:
+    """Arrays that are packed together when the first of them is written."""
+
+    def __init__(self, pack: Callable[[], Packed]) -> None:
+        self.pack = pack
+        self.packed: Packed | None = None
+
+    def take(self, name: str) -> np.ndarray:
+        """One of them; each is asked for once."""
+        if self.packed is None:
+            self.packed = dict(self.pack())
+        found = self.packed.pop(name)
+        if not self.packed:
+            self.packed = None
+        return found
+
+
+def format_of(grid: Grid | None) -> Format:
+    """What a kernel is told of a weight; levels of 2 bits are stored as 4."""
+    return Format() if grid is None else Format(max(4, grid.bits), grid.block)
+
+
+def matrix(weights: Sequence[Tensor], grids: Sequence[Grid | None], form: Format) -> Matrix:
+    """Weights ``[..., N, K]`` one below the other, levels and scales where they are on grids."""
+    if not form.quantized:
+        return Matrix(torch.cat([w.float() for w in weights], -2).contiguous().numpy())
+    levels, scales = [], []
+    for w, g in zip(weights, grids, strict=True):
+        assert g is not None
+        levels.append(widen(g.levels(w).numpy(), g.bits, form.bits))
+        scales.append(g.scale.numpy())
+    return Matrix(np.concatenate(levels, -2), np.concatenate(scales, -2))
+
+
+class Products:
+    """Emits products into the function that is being built, one kernel for each shape.
+
+    Args:
+        bb: takes the kernels and calls.
+        params: takes the packed weights.
+        cpu: what is compiled for.
+        precision: the weights' grids.
+    """
+
+    def __init__(
+        self, bb: relax.BlockBuilder, params: Parameters, cpu: Cpu, precision: Precision
+    ) -> None:
+        self.bb, self.params, self.cpu, self.precision = bb, params, cpu, precision
+        self._kernels: dict[Any, Any] = {}
+
+    def kernel(self, key: Any, name: str, make: Callable[[], Any]) -> Any:
+        """A kernel in the module, made once for every key."""
+        if key not in self._kernels:
+            made = make().without_attr("global_symbol").with_attr("op_pattern", OPAQUE)
+            self._kernels[key] = self.bb.add_func(made, name)
+        return self._kernels[key]
+
+    def arrays(self, name: str, arrays: Sequence[Array], pack: Callable[[], Packed]) -> list[Any]:
+        """Packed arrays as parameters of the running function."""
+        packing = Packing(pack)
+        return [
+            self.params.add(
+                f"{name}.{a.name}", lambda a=a: packing.take(a.name), (a.size,), a.dtype
+            )
+            for a in arrays
+        ]
+
+    def alike(self, weights: Sequence[Tensor]) -> bool:
+        """Whether one product can take these weights."""
+        return len({format_of(self.precision.of(w)) for w in weights}) == 1
+
+    def linear(
+        self, x: relax.Expr, name: str, weights: Sequence[Tensor], bias: Tensor | None
+    ) -> relax.Expr:
+        """``x W' + b`` for ``x`` ``[..., K]`` and weights ``[N, K]``, one below the other."""
+        grids = [self.precision.of(w) for w in weights]
+        form = format_of(grids[0])
+        rows, width = sum(len(w) for w in weights), int(weights[0].shape[1])
+        spec = LinearSpec(rows, width, form, bias is not None)
+        gv = self.kernel(spec, "linear", lambda: linear(spec, self.cpu))
+
+        def pack() -> Packed:
+            b = None if bias is None else bias.float().numpy()
+            return pack_linear(spec, self.cpu, matrix(weights, grids, form), b)
+
+        given = self.arrays(name, list(linear_layout(spec, self.cpu).arrays()), pack)
+        return self.on_rows(gv, x, [], given, rows)
+
+    def on_rows(
+        self,
+        gv: Any,
+        x: relax.Expr,
+        more: Sequence[relax.Expr],
+        given: Sequence[relax.Expr],
+        out: int,
+    ) -> relax.Expr:
+        """Call a kernel on ``x`` ``[..., K]`` as rows; ``[..., out]``."""
+        shape = list(x.ty.shape)
+        count: Any = 1
+        for n in shape[:-1]:
+            count = count * n
+        flat = x if len(shape) == 2 else self.bb.emit(op.reshape(x, [count, shape[-1]]))
+        y = self.bb.emit(
+            op.call_tir(
+                gv,
+                relax.Tuple([flat, *more, *given]),
+                out_ty=relax.TensorType([count, out], "float32"),
+            )
+        )
+        return y if len(shape) == 2 else self.bb.emit(op.reshape(y, [*shape[:-1], out]))
