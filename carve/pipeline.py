@@ -323,7 +323,7 @@ class _Conversion:
 
         (stage / "passes").mkdir()
         for i, record in enumerate(report["passes"]):
-            name = record["name"].replace(" ", "-")
+            name = record["name"].replace(" ", "-").replace(":", "-")
             art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
         (stage / "recipe.toml").write_text(to_toml(self.config), encoding="utf-8")
         for name in TOKENIZER_FILES if folder is not None else ():

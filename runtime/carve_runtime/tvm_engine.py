@@ -46,8 +46,13 @@ class TvmEngine:
         self._library = tvm.Library(index.library)
         arrays = map_tensors(index.tensors)
         named = {n for names in index.functions.values() for n in names}
-        if named - arrays.keys():
-            raise ArtifactError("model", f"no tensor {sorted(named - arrays.keys())[:3]}")
+        lost = [n for n in sorted(named) if n not in arrays or not tvm.is_aligned(arrays[n])]
+        if lost:
+            raise ArtifactError(
+                "model",
+                f"{index.tensors} has no {lost[0]!r:.60}, or where kernels cannot read it",
+                "compile the model again with carve",
+            )
         made = {n: tvm.tensor(arrays[n]) for n in sorted(named)}
         self._weights = {f: [made[n] for n in names] for f, names in index.functions.items()}
         self._functions = {f: self._library.function(f) for f in index.functions}

@@ -71,26 +71,14 @@ def aligned(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     return raw[start : start + size].view(kind).reshape(shape)
 
 
+def is_aligned(array: NDArray[Any]) -> bool:
+    """Whether kernels may load whole vectors from its start."""
+    return array.ctypes.data % ALIGNMENT == 0
+
+
 def tensor(array: NDArray[Any]) -> Any:
     """A tensor over the memory of a C-contiguous, aligned array, which it keeps alive."""
-    if array.size and not array.flags.writeable:
-        # Only writable memory is exported; these pages are mapped for reading, and kernels
-        # do not write to what they take as a weight.
-        return runtime().from_dlpack(_Readable(array))
     return runtime().from_dlpack(array)
-
-
-class _Readable:
-    """Exports read-only memory."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array = array
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(max_version=(1, 0))
 
 
 def array_of(value: Any) -> NDArray[Any]:
