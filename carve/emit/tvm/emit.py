@@ -20,6 +20,7 @@ from carve.emit.tvm.names import compiler
 from carve.emit.tvm.params import Parameters
 from carve.errors import CarveError, UserError
 from carve.program import Program
+from carve_runtime.gates import BARS, SCORES, SHIFT
 
 log = logging.getLogger(__name__)
 INDEX, LIBRARY, TENSORS = "index.json", "model.so", "model.safetensors"
@@ -93,6 +94,10 @@ def _index(program: Program, params: Parameters, target: str, cpu: Cpu) -> dict[
         value = node.meta["val"]
         shape = [n if type(n) is int else None for n in value.shape]
         outputs.append(port(name, _TYPES[str(value.dtype)], shape))
+    if program.gated:
+        count = len(program.gated)
+        inputs.append(port(SHIFT, "tensor(float)", [count]))
+        outputs += [port(n, "tensor(float)", [None, None, count]) for n in (SCORES, BARS)]
     return {
         "schema": SCHEMA,
         "target": target,

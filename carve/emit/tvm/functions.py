@@ -9,6 +9,7 @@ from tvm import relax, tirx
 
 from carve.arithmetic import Precision
 from carve.emit.tvm.cpu import Cpu
+from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.products import Products
 from carve.emit.tvm.translate import Reading, Translator
@@ -19,7 +20,8 @@ def translate(program: Program, bits: int, cpu: Cpu) -> tuple[tvm.IRModule, Para
     """The program's functions and the tensors that they take.
 
     A decoder has ``decode`` for one token and ``prefill`` for several, both over one sequence:
-    ``(input_ids, position_ids, [keep,] *caches, *tensors) -> (logits, *caches)``. Others have
+    ``(input_ids, position_ids, [keep,] [gate_shift,] *caches, *tensors) ->
+    (logits, *caches, [gate_scores, gate_bars])``. Others have
     ``main``.
     """
     reading, params, bb = Reading(program), Parameters(), relax.BlockBuilder()
@@ -48,6 +50,8 @@ def _decoder(reading: Reading, products: Products, name: str, length: Any) -> No
         relax.Var(f"cache{i}", relax.TensorType([1, heads, capacity, width], "float32"))
         for i in range(len(nodes) - 2)
     ]
+    shift = [relax.Var("gate_shift", relax.TensorType([len(program.gated)], "float32"))]
+    shift = shift if program.gated else []
     given = [ids, position, *caches]
     rows: list[relax.Var] = []
     t = Translator(reading, params, bb, products)
@@ -55,13 +59,16 @@ def _decoder(reading: Reading, products: Products, name: str, length: Any) -> No
     if length != 1 and reading.head is not None:
         t.keep = tirx.Var("keep", "int64")
         rows = [relax.Var("rows", relax.ShapeType([t.keep]))]
+    if shift:
+        t.gating = Gating(t, shift[0], length)
     for node, value in zip(nodes, given, strict=True):
         t.env[node] = value
     # The tensors are known when the body is: the function is opened with the inputs alone.
-    with bb.function(name, [ids, position, *rows, *caches]):
+    with bb.function(name, [ids, position, *rows, *shift, *caches]):
         t.run(reading.needed)
         kept = [c for pair in t.present.values() for c in pair]
-        out = bb.emit(relax.Tuple([t.env[reading.results[0]], *kept]))
+        told = [] if t.gating is None else t.gating.results()
+        out = bb.emit(relax.Tuple([t.env[reading.results[0]], *kept, *told]))
         bb.emit_func_output(out)
     _append_parameters(bb, name, params.variables)
 

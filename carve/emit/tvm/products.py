@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax import op
 
 from carve.arithmetic import Precision
@@ -21,6 +21,18 @@ from carve.grid import Grid
 
 OPAQUE = 8
 """What keeps TVM's fusion away from a kernel: the last of its operator patterns."""
+
+
+def is_number(*sizes: Any) -> bool:
+    """Whether all of these are plain numbers."""
+    return all(isinstance(v, int | tirx.IntImm) for v in sizes)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same number or the same variable."""
+    if is_number(a) or is_number(b):
+        return is_number(a, b) and int(a) == int(b)
+    return bool(a.same_as(b))
 
 
 class Packing:

@@ -13,12 +13,14 @@ from tvm.relax import op
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from carve.emit.tvm import patterns
+from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.plain import Plain
-from carve.emit.tvm.products import Products
+from carve.emit.tvm.products import Products, is_number, same_size
 from carve.errors import CarveError
 from carve.match import LINEAR
 from carve.program import EMBEDDING, Program
+from carve.sites import AttentionSite, Block
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.carve.attention.default
@@ -51,6 +53,10 @@ class Reading:
         self.results: list[fx.Node] = list(results)
         self.head = patterns.head_product(self.results[0]) if program.kind == "decoder" else None
         self.needed = self._needed(graph)
+        self.regions = {g: self._region(b) for g, b in self.blocks.items() if g is not None}
+        """By gate, the nodes that its block runs only for the tokens that it lets through."""
+        inside = {n for region in self.regions.values() for n in region}
+        self.needed = [n for n in self.needed if n not in inside]
 
     def uses(self, n: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``n`` is computed from."""
@@ -66,6 +72,27 @@ class Reading:
         if n.target is GATED:
             return list(n.args[:3])  # type: ignore[arg-type]
         return [i for i in n.all_input_nodes if i not in self.constants]
+
+    def uses_inside(self, n: fx.Node, block: Block) -> list[fx.Node]:
+        """As `uses`, but a gated attention's keys and values are outside of its gate."""
+        inside = isinstance(block, AttentionSite) and n is block.attention
+        return [n.args[0]] if inside else self.uses(n)  # type: ignore[list-item]
+
+    def _region(self, block: Block) -> list[fx.Node]:
+        found: set[fx.Node] = set()
+        stack = [block.output]
+        while stack:
+            n = stack.pop()
+            if n not in found and n is not block.input:
+                found.add(n)
+                stack += self.uses_inside(n, block)
+        region: dict[fx.Node, None] = {}
+        for n in self.needed:
+            if n in found and any(
+                u is block.input or u in region for u in self.uses_inside(n, block)
+            ):
+                region[n] = None
+        return list(region)
 
     def _needed(self, graph: fx.Graph) -> list[fx.Node]:
         wanted = set(self.results)
@@ -101,7 +128,8 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.reading, self.stored, self.block_builder = reading, params, bb
-        self.kernels = Plain(bb, params, products)
+        self.kernels, self.products = Plain(bb, params, products), products
+        self.gating: Gating | None = None
         self.env: Any = _Values(self._arranged)
         self.swapped: dict[fx.Node, relax.Expr] = {}
         """By node ``[B, H, S, D]``: the same values as ``[B, S, H, D]``."""
@@ -178,8 +206,8 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
                 self.env[n] = value
         elif patterns.passes_through(n):
             self._alias(n, n.args[0])
-        elif n.target is GATED:
-            self._gate(n)
+        elif n.target is GATED and self.gating is not None:
+            self.gating.node(n, self.reading.blocks[n])
         elif getattr(n.target, "__name__", "") == "getitem" and n.args[0].target is ATTENTION:  # type: ignore[union-attr]
             if n.args[1] == 0:
                 self._alias(n, n.args[0])
@@ -247,7 +275,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
                 end = default
             elif isinstance(end, int) and end < 0:
                 end = size + end
-            elif _ints(end, size):
+            elif is_number(end, size):
                 end = min(int(end), int(size))
             ends.append(end)
         first, last = ends
@@ -298,7 +326,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             for s in sizes:
                 if isinstance(s, int) and s == -1:
                     continue
-                same = next((i for i, w in enumerate(whole) if _equal(w, s)), None)
+                same = next((i for i, w in enumerate(whole) if same_size(w, s)), None)
                 if same is None:
                     rest.append(s)
                 else:
@@ -307,9 +335,9 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             for w in whole:
                 missing = missing * w
             for s in rest:
-                missing = tirx.floordiv(missing, s) if not _ints(missing, s) else int(missing) // int(s)
+                missing = tirx.floordiv(missing, s) if not is_number(missing, s) else int(missing) // int(s)
             sizes[free[0]] = missing
-        if len(sizes) == len(have) and all(_equal(a, b) for a, b in zip(sizes, have, strict=True)):
+        if len(sizes) == len(have) and all(same_size(a, b) for a, b in zip(sizes, have, strict=True)):
             return value
         return self.emit(op.reshape(value, sizes))
 
@@ -324,7 +352,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             shape = []
             for axis in range(rank):
                 sizes = [i.shape[axis - rank] for i in index if len(i.shape) >= rank - axis]
-                wide = [s for s in sizes if not _equal(s, 1)]
+                wide = [s for s in sizes if not same_size(s, 1)]
                 shape.append(wide[0] if wide else 1)
 
             def at(*place: Any) -> Any:
@@ -332,7 +360,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
                 for i in index:
                     mine = place[rank - len(i.shape) :]
                     where.append(
-                        i(*(0 if _equal(s, 1) else p for s, p in zip(i.shape, mine, strict=True)))
+                        i(*(0 if same_size(s, 1) else p for s, p in zip(i.shape, mine, strict=True)))
                     )
                 return x(*where)
 
@@ -424,11 +452,11 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         return self.emit(op.matmul(self.emit(op.nn.softmax(scores, -1)), v))
 
     def _our_attention(self, n: fx.Node) -> Any:
-        self._append(n)
-        self._attend(n, self.position)
+        self.append(n)
+        self.attend(n, self.position)
         return None
 
-    def _append(self, n: fx.Node) -> None:
+    def append(self, n: fx.Node) -> None:
         """New keys and values into the cache."""
         _, k, v, past_key, past_value = n.args[:5]
         self.present[n] = (
@@ -436,7 +464,8 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             self.kernels.append(self.heads(v), self.position, self.env[past_value]),  # type: ignore[arg-type]
         )
 
-    def _attend(self, n: fx.Node, position: relax.Expr | None) -> None:
+    def attend(self, n: fx.Node, position: relax.Expr | None) -> None:
+        """Attention over the cache, for queries at ``position`` ``[1, R]``."""
         scale, window, softcap = n.args[5:8]
         key, value = self.present[n]
         self.swapped[n] = self.kernels.attend(
@@ -461,18 +490,3 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             self.env.clear()
             self.env.update(env)
             self.swapped = swapped
-
-    def _gate(self, n: fx.Node) -> None:
-        raise CarveError("emit", "skip gates have no translation to TVM yet")
-
-
-def _ints(*values: Any) -> bool:
-    return all(isinstance(v, int | tirx.IntImm) for v in values)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if _ints(a, b):
-        return int(a) == int(b)
-    if _ints(a) or _ints(b):
-        return False
-    return bool(a.same_as(b)) if hasattr(a, "same_as") else a is b
