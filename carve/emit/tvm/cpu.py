@@ -63,7 +63,9 @@ class Cpu:
         for cpu in CPUS:
             if cpu.name == name:
                 return cpu
-        raise UserError("target", f"no processor is called {name!r}", f"one of {', '.join(names())}")
+        raise UserError(
+            "target", f"no processor is called {name!r}", f"one of {', '.join(names())}"
+        )
 
 
 def names() -> list[str]:

@@ -11,6 +11,7 @@ from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused
 from carve.emit.tvm.cpu import Cpu
 from carve.emit.tvm.kernels.arguments import Arguments
 from carve.emit.tvm.kernels.layout import VECTORS, linear_layout
+from carve.emit.tvm.kernels.pipeline import MARK
 from carve.emit.tvm.kernels.product import Rows, product
 from carve.emit.tvm.kernels.results import Result
 from carve.emit.tvm.kernels.rounding import arrange, blank, make_rows
@@ -30,7 +31,7 @@ def linear(spec: LinearSpec, cpu: Cpu, schedule: Schedule | None = None) -> Any:
     s = schedule or default(cpu)
     with IRBuilder() as ib, T.prim_func():
         T.func_name("linear")
-        T.func_attr({"tirx.noalias": True})
+        T.func_attr({"tirx.noalias": True, MARK: True})
         given = Arguments()
         x = given.rows("x", spec.in_features)
         weights, bias = given.weights(linear_layout(spec, cpu))

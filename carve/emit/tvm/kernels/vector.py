@@ -65,6 +65,13 @@ def bind(value: Expr) -> Expr:
     return T.Bind(value)
 
 
+def opaque(value: Expr) -> Expr:
+    """An int32 that TVM's passes reason no further about: their proofs take minutes otherwise."""
+    cell = local(1, "int32")
+    T.buffer_store(cell, value, [0])
+    return T.Bind(cell[0])
+
+
 def ceil_div(a: Expr, b: int) -> Expr:
     """``a / b`` rounded up, of numbers that are not negative."""
     if isinstance(a, int):
