@@ -16,6 +16,7 @@ from tvm import relax
 from carve.artifact import write_json
 from carve.emit.tvm.cpu import Cpu
 from carve.emit.tvm.functions import translate
+from carve.emit.tvm.kernels import PIPELINE
 from carve.emit.tvm.names import compiler
 from carve.emit.tvm.params import Parameters
 from carve.errors import CarveError, UserError
@@ -65,7 +66,7 @@ def emit_tvm(program: Program, folder: Path, bits: int, target: str, cpu: Cpu) -
 def _compile(mod: tvm.IRModule, cpu: Cpu) -> Any:
     try:
         mod = relax.transform.ConvertToDataflow(1)(mod)
-        return tvm.compile(mod, target=cpu.target())
+        return tvm.compile(mod, target=cpu.target(), tir_pipeline=PIPELINE)
     except Exception as e:  # its exceptions have no common base
         raise CarveError("emit", f"TVM could not compile the program: {str(e)[-400:]}") from e
 

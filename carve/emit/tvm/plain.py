@@ -21,55 +21,6 @@ class Plain:
         self.bb, self.params = bb, params
         self.linear = products.linear
 
-    def activate(self, x, name):
-        one = relax.const(1.0, "float32")
-        import math
-        f = {
-            "silu": lambda: op.nn.silu(x), "gelu": lambda: op.nn.gelu(x), "gelu_tanh": lambda: op.nn.gelu_tanh(x),
-            "relu": lambda: op.nn.relu(x), "identity": lambda: x, "sigmoid": lambda: op.sigmoid(x),
-            "tanh": lambda: op.tanh(x), "relu2": lambda: op.square(op.nn.relu(x)),
-            "quick_gelu": lambda: op.multiply(x, op.sigmoid(op.multiply(x, relax.const(1.702, "float32")))),
-        }
-        return self.bb.emit(f[name]())
-
-    def hidden(self, x, name, gate, gate_bias, up, up_bias, activation):
-        h = self.linear(x, f"{name}.up", [up], up_bias)
-        if gate is None:
-            return self.activate(h, activation)
-        g = self.activate(self.linear(x, f"{name}.gate", [gate], gate_bias), activation)
-        return self.bb.emit(op.multiply(g, h))
-
-    def routed(self, x: relax.Expr, name: str, r: RoutedFFN) -> relax.Expr:
-        e_ = self.bb.emit
-        y = None
-        if r.shared_up is not None:
-            h = self.hidden(x, f"{name}.shared", r.shared_gate, r.shared_gate_bias, r.shared_up, r.shared_up_bias, r.activation)
-            y = self.linear(h, f"{name}.shared.down", [r.shared_down], r.output_bias)
-        scores = self.linear(x, f"{name}.router", [r.router], r.router_bias)
-        if r.router_gate is not None:
-            scores = e_(op.multiply(self.activate(self.linear(x, f"{name}.router_gate", [r.router_gate], None), r.activation), scores))
-        if y is None and r.output_bias is not None:
-            y = self.params.tensor(f"{name}.output_bias", r.output_bias)
-        E = r.num_experts
-        def mask(s):
-            shape = s.shape
-            k = te.reduce_axis((0, E), name="k")
-            rank = te.compute(shape, lambda *i: te.sum(tirx.if_then_else(
-                tirx.any(s(*i[:-1], k) > s(*i), tirx.all(s(*i[:-1], k) == s(*i), k < i[-1])), tirx.const(1.0, "float32"), tirx.const(0.0, "float32")), axis=k))
-            return te.compute(shape, lambda *i: tirx.if_then_else(
-                tirx.all(rank(*i) < float(r.top_k), s(*i) > 0.0 if r.dynamic else tirx.const(True)), tirx.const(1.0, "float32"), tirx.const(0.0, "float32")))
-        m = self.bb.emit_te(mask, scores)
-        def own(t, i):
-            return None if t is None else t[i]
-        for i in range(E):
-            h = self.hidden(x, f"{name}.{i}", own(r.expert_gate, i), own(r.expert_gate_bias, i), r.expert_up[i], own(r.expert_up_bias, i), r.activation)
-            out = self.linear(h, f"{name}.{i}.down", [r.expert_down[i]], own(r.expert_bias, i))
-            nd = len(x.ty.shape)
-            col = e_(op.strided_slice(m, [nd - 1], [i], [i + 1]))
-            out = e_(op.multiply(out, col))
-            y = out if y is None else e_(op.add(y, out))
-        return y
-
     def rms_norm(self, x, weight, epsilon):
         return self.bb.emit(op.nn.rms_norm(x, weight, axes=[-1], epsilon=epsilon))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 from tvm.relax import op
 
 from carve.arithmetic import Precision
@@ -52,21 +52,27 @@ class Packing:
         return found
 
 
-def format_of(grid: Grid | None) -> Format:
-    """What a kernel is told of a weight; levels of 2 bits are stored as 4."""
-    return Format() if grid is None else Format(max(4, grid.bits), grid.block)
+def widest(grids: Sequence[Grid | None]) -> Format:
+    """The format that holds weights of these grids; levels of 2 bits are stored as 4."""
+    known = [g for g in grids if g is not None]
+    if len(known) < len(grids) or not known:
+        return Format()
+    return Format(max(4, *(g.bits for g in known)), known[0].block)
 
 
-def matrix(weights: Sequence[Tensor], grids: Sequence[Grid | None], form: Format) -> Matrix:
-    """Weights ``[..., N, K]`` one below the other, levels and scales where they are on grids."""
+def matrix(
+    weights: Sequence[Tensor], grids: Sequence[Grid | None], form: Format, *, stack: bool = False
+) -> Matrix:
+    """Weights ``[N, K]`` one below the other, or stacked; levels and scales where on grids."""
+    join = np.stack if stack else np.concatenate
     if not form.quantized:
-        return Matrix(torch.cat([w.float() for w in weights], -2).contiguous().numpy())
+        return Matrix(join([w.float().numpy() for w in weights]))
     levels, scales = [], []
     for w, g in zip(weights, grids, strict=True):
         assert g is not None
         levels.append(widen(g.levels(w).numpy(), g.bits, form.bits))
         scales.append(g.scale.numpy())
-    return Matrix(np.concatenate(levels, -2), np.concatenate(scales, -2))
+    return Matrix(join(levels), join(scales))
 
 
 class Products:
@@ -104,14 +110,30 @@ class Products:
 
     def alike(self, weights: Sequence[Tensor]) -> bool:
         """Whether one product can take these weights."""
-        return len({format_of(self.precision.of(w)) for w in weights}) == 1
+        return len({widest([self.precision.of(w)]) for w in weights}) == 1
 
     def linear(
         self, x: relax.Expr, name: str, weights: Sequence[Tensor], bias: Tensor | None
     ) -> relax.Expr:
         """``x W' + b`` for ``x`` ``[..., K]`` and weights ``[N, K]``, one below the other."""
         grids = [self.precision.of(w) for w in weights]
-        form = format_of(grids[0])
+        return self._linear(x, name, weights, grids, bias)
+
+    def full(
+        self, x: relax.Expr, name: str, weight: Tensor, bias: Tensor | None
+    ) -> relax.Expr:
+        """As `linear`, in fp32 whatever the program's width."""
+        return self._linear(x, name, [weight], [None], bias)
+
+    def _linear(
+        self,
+        x: relax.Expr,
+        name: str,
+        weights: Sequence[Tensor],
+        grids: Sequence[Grid | None],
+        bias: Tensor | None,
+    ) -> relax.Expr:
+        form = widest(grids)
         rows, width = sum(len(w) for w in weights), int(weights[0].shape[1])
         spec = LinearSpec(rows, width, form, bias is not None)
         gv = self.kernel(spec, "linear", lambda: linear(spec, self.cpu))
@@ -133,10 +155,8 @@ class Products:
     ) -> relax.Expr:
         """Call a kernel on ``x`` ``[..., K]`` as rows; ``[..., out]``."""
         shape = list(x.ty.shape)
-        count: Any = 1
-        for n in shape[:-1]:
-            count = count * n
-        flat = x if len(shape) == 2 else self.bb.emit(op.reshape(x, [count, shape[-1]]))
+        flat = self.flat(x)
+        count = flat.ty.shape[0]
         y = self.bb.emit(
             op.call_tir(
                 gv,
@@ -145,3 +165,21 @@ class Products:
             )
         )
         return y if len(shape) == 2 else self.bb.emit(op.reshape(y, [*shape[:-1], out]))
+
+    def flat(self, x: relax.Expr) -> relax.Expr:
+        """``[..., K]`` as rows ``[n, K]``."""
+        shape = list(x.ty.shape)
+        if len(shape) == 2:
+            return x
+        count: Any = 1
+        for n in shape[:-1]:
+            count = count * n
+        return self.bb.emit(op.reshape(x, [count, shape[-1]]))
+
+    def activate(self, x: relax.Expr, name: str) -> relax.Expr:
+        """An activation by its name in the dialect."""
+
+        def compute(v: te.Tensor) -> te.Tensor:
+            return te.compute(v.shape, lambda *i: activate(name, v(*i), 1))
+
+        return self.bb.emit_te(compute, x)

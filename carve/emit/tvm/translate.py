@@ -17,6 +17,7 @@ from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.plain import Plain
 from carve.emit.tvm.products import Products, is_number, same_size
+from carve.emit.tvm.routed import routed
 from carve.errors import CarveError
 from carve.match import LINEAR
 from carve.program import EMBEDDING, Program
@@ -416,7 +417,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
     def _our_routed(self, n: fx.Node) -> Any:
         site = self.reading.sites[n]
         assert site.routed is not None
-        return self.kernels.routed(self.env[n.args[0]], site.name, site.routed)
+        return routed(self.products, self.env[n.args[0]], site.name, site.routed)
 
     def _our_layer_norm(self, n: fx.Node) -> Any:
         args = [*n.args, *[None] * (5 - len(n.args))]
