@@ -12,6 +12,7 @@ os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
 import tvm
 from tvm import relax
+from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
 from carve.artifact import write_json
 from carve.emit.tvm.cpu import Cpu
@@ -64,9 +65,20 @@ def emit_tvm(program: Program, folder: Path, bits: int, target: str, cpu: Cpu) -
 
 
 def _compile(mod: tvm.IRModule, cpu: Cpu) -> Any:
+    passes = [
+        relax.transform.ConvertToDataflow(1),
+        relax.transform.DeadCodeElimination(),
+        *cpu_generic.legalize_passes(cpu.target()),
+        *cpu_generic.dataflow_lower_passes(cpu.target()),
+        *cpu_generic.finalize_passes(cpu.target()),
+    ]
     try:
-        mod = relax.transform.ConvertToDataflow(1)(mod)
-        return tvm.compile(mod, target=cpu.target(), tir_pipeline=PIPELINE)
+        return tvm.compile(
+            mod,
+            target=cpu.target(),
+            relax_pipeline=tvm.transform.Sequential(passes),
+            tir_pipeline=PIPELINE,
+        )
     except Exception as e:  # its exceptions have no common base
         raise CarveError("emit", f"TVM could not compile the program: {str(e)[-400:]}") from e
 

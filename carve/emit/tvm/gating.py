@@ -50,18 +50,20 @@ class Gating:
         if gate is None:
             raise CarveError("emit", f"{block.name}: a gate's node without a gate")
         x = t.env[n.args[1]]
-        hit = self._hit(x, block.name, gate)
+        score, bar = self._compare(x, block.name, gate)
         attention = block.attention if isinstance(block, AttentionSite) else None
         if attention is not None:
             t.append(attention)
         region = t.reading.regions[n]
         if isinstance(self.length, int):
-            t.env[n] = self._one(n, hit, region, x, block)
+            condition = t.emit(op.reshape(op.greater(score, bar), []))
+            t.env[n] = self._one(n, condition, region, x, block)
         else:
-            t.env[n] = self._some(n, hit, region, x, block)
+            rows = self._rows(score, bar)
+            t.env[n] = self._some(n, rows, region, x, block)
 
-    def _hit(self, x: relax.Expr, name: str, gate: Gate) -> relax.Expr:
-        """Which tokens run, ``[1, S]`` bool."""
+    def _compare(self, x: relax.Expr, name: str, gate: Gate) -> tuple[relax.Expr, relax.Expr]:
+        """Scores and bars, ``[1, S, 1]``: tokens run where the one is above the other."""
         t, count = self.t, len(self.scores)
         weight = t.stored.tensor(f"{name}.gate_scores", gate.weight)
         score = t.emit(op.sum(op.multiply(x, weight), axis=-1, keepdims=True))
@@ -72,7 +74,7 @@ class Gating:
         bar = t.emit(op.expand_dims(bar, -1))
         self.scores.append(score)
         self.bars.append(bar)
-        return t.emit(op.squeeze(op.greater(score, bar), -1))
+        return score, bar
 
     def _branch(self, value: Any) -> relax.SeqExpr:
         bb = self.t.block_builder
@@ -82,7 +84,12 @@ class Gating:
         return relax.SeqExpr([bb._end_block()], result)
 
     def _one(
-        self, n: fx.Node, hit: relax.Expr, region: Sequence[fx.Node], x: relax.Expr, block: Block
+        self,
+        n: fx.Node,
+        condition: relax.Expr,
+        region: Sequence[fx.Node],
+        x: relax.Expr,
+        block: Block,
     ) -> relax.Expr:
         t = self.t
 
@@ -90,7 +97,6 @@ class Gating:
             self._inside(region, block, t.position)
             return t.env[n.args[0]]
 
-        condition = t.emit(op.reshape(hit, []))
         branches = self._branch(run), self._branch(lambda: self._bridge(x, block))
         return t.emit(relax.If(condition, *branches))
 
@@ -103,10 +109,15 @@ class Gating:
                 self.t.node(inner)
 
     def _some(
-        self, n: fx.Node, hit: relax.Expr, region: Sequence[fx.Node], x: relax.Expr, block: Block
+        self,
+        n: fx.Node,
+        rows: tuple[relax.Expr, relax.Expr],
+        region: Sequence[fx.Node],
+        x: relax.Expr,
+        block: Block,
     ) -> relax.Expr:
         t, bb = self.t, self.t.block_builder
-        which, count = self._rows(hit)
+        which, count = rows
         running = tirx.Var("running", "int64")
         bb.match_cast(t.emit(op.tensor_to_shape(count)), relax.ShapeType([running]))
 
@@ -139,23 +150,26 @@ class Gating:
                         "emit", f"{block.name}: {u.name} is not known token by token", "use no gate"
                     )
             self._inside(region, block, take(t.position))
-            rows = t.env[n.args[0]]
-        return self._put(rows, which, self._bridge(x, block))
+            result = t.env[n.args[0]]
+        return self._put(result, which, self._bridge(x, block))
 
-    def _rows(self, hit: relax.Expr) -> tuple[relax.Expr, relax.Expr]:
+    def _rows(self, score: relax.Expr, bar: relax.Expr) -> tuple[relax.Expr, relax.Expr]:
         """The tokens that run, in order at the front of ``[S]``, and how many they are, ``[1]``."""
 
         def make() -> Any:
             @T.prim_func(private=True)
-            def rows(hp: T.handle, wp: T.handle, count: T.Buffer((1,), "int64")):
+            def rows(
+                sp: T.handle, bp: T.handle, wp: T.handle, count: T.Buffer((1,), "int64")
+            ):
                 T.func_attr({"op_pattern": OPAQUE, "tirx.noalias": True})
                 s = T.int64()
-                hit = T.match_buffer(hp, (1, s), "bool")
+                score = T.match_buffer(sp, (1, s, 1), "float32")
+                bar = T.match_buffer(bp, (1, s, 1), "float32")
                 which = T.match_buffer(wp, (s,), "int64")
                 count[0] = T.int64(0)
                 for i in range(s):
                     which[i] = T.int64(0)
-                    if hit[0, i]:
+                    if score[0, i, 0] > bar[0, i, 0]:
                         which[count[0]] = i
                         count[0] = count[0] + T.int64(1)
 
@@ -165,7 +179,7 @@ class Gating:
         made = self.t.emit(
             op.call_tir(
                 gv,
-                relax.Tuple([hit]),
+                relax.Tuple([score, bar]),
                 out_ty=[
                     relax.TensorType([self.length], "int64"),
                     relax.TensorType([1], "int64"),
