@@ -6,6 +6,8 @@ of the chosen ones, then the result. The experts' numbers are read inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
@@ -32,27 +34,33 @@ def decode(c: Call) -> None:
             inputs[form] = _inputs(c, form)
     room = {id(p): c.spec.top_k if p is c.experts else 1 for p in c.parts}
     hidden = {id(p): scratch(room[id(p)] * p.inward.padded) for p in c.parts}
-    shared = 0 if c.shared is None else c.shared.inward.panels
-    routed = 0 if c.experts is None else c.experts.inward.panels
+    streams = c.schedule.side_by_side(*(p.inward.panels for p in c.parts))
+    shared = 0 if c.shared is None else c.shared.inward.panels // streams
+    routed = 0 if c.experts is None else c.experts.inward.panels // streams
 
-    def inward(part: Part, panel: Expr, weights: Expr) -> None:
+    def inward(part: Part, unit: Expr, weights: Expr) -> None:
+        """``streams`` panels, counted through the chosen experts and through all of them."""
         x, width = inputs[part.inward.form], VECTORS * c.cpu.lanes
-        sums = product(c.cpu, part.inward_weights, weights, x, 0, 1, c.schedule.unroll)
-        put_hidden(
-            c.cpu,
-            part.inward,
-            c.spec.activation,
-            sums,
-            part.inward_bias,
-            weights * width,
-            hidden[id(part)],
-            panel * (part.inward.padded // part.inward.panels),
-        )
+        panels = [bind(weights * streams + i) for i in range(streams)]
+        per = part.inward.padded // part.inward.panels
+        for i, sums in enumerate(
+            product(c.cpu, part.inward_weights, panels, x, 0, 1, c.schedule)
+        ):
+            put_hidden(
+                c.cpu,
+                part.inward,
+                c.spec.activation,
+                sums,
+                part.inward_bias,
+                panels[i] * width,
+                hidden[id(part)],
+                (unit * streams + i) * per,
+            )
 
-    def expert(panel: Expr) -> None:
+    def expert(unit: Expr) -> None:
         assert c.experts is not None
-        which = taken[tirx.floordiv(panel, routed)]
-        inward(c.experts, panel, bind(which * routed + tirx.floormod(panel, routed)))
+        which = taken[tirx.floordiv(unit, routed)]
+        inward(c.experts, unit, bind(which * routed + tirx.floormod(unit, routed)))
 
     with loop(c.schedule, shared + count * routed) as i:
         if c.shared is None:
@@ -69,8 +77,9 @@ def decode(c: Call) -> None:
         id(p): _rows(c, p, hidden[id(p)], count if p is c.experts else 1, room[id(p)])
         for p in c.parts
     }
-    with loop(c.schedule, c.parts[0].down.panels) as p:
-        _result(c, p, rows, taken, count)
+    streams = c.schedule.side_by_side(c.parts[0].down.panels)
+    with loop(c.schedule, c.parts[0].down.panels // streams) as unit:
+        _result(c, [bind(unit * streams + i) for i in range(streams)], rows, taken, count)
 
 
 def _inputs(c: Call, form: Format) -> Rows:
@@ -109,26 +118,35 @@ def _select(c: Call) -> tuple[Buffer, Expr]:
     return taken, bind(count[0])
 
 
-def _result(c: Call, p: Expr, rows: dict[int, Rows], taken: Buffer, count: Expr) -> None:
-    """One panel of the result."""
+def _result(
+    c: Call, panels: Sequence[Expr], rows: dict[int, Rows], taken: Buffer, count: Expr
+) -> None:
+    """Some panels of the result."""
     n, width = c.cpu.lanes, VECTORS * c.cpu.lanes
-    total = [local(n) for _ in range(VECTORS)]
-    for v, t in enumerate(total):
-        bias = c.output_bias
-        store(t, 0, splat(0.0, n) if bias is None else load(bias, p * width + v * n, n), n)
+    totals = [[local(n) for _ in range(VECTORS)] for _ in panels]
+
+    def add(sums: Sequence[Sequence[Buffer]], bias: Buffer | None, at: Sequence[Expr]) -> None:
+        for total, two, panel in zip(totals, sums, at, strict=True):
+            for v, (t, s) in enumerate(zip(total, two, strict=True)):
+                value = load(s, 0, n)
+                if bias is not None:
+                    value = value + load(bias, panel * width + v * n, n)
+                store(t, 0, load(t, 0, n) + value, n)
+
+    for total, panel in zip(totals, panels, strict=True):
+        for v, t in enumerate(total):
+            bias = c.output_bias
+            first = splat(0.0, n) if bias is None else load(bias, panel * width + v * n, n)
+            store(t, 0, first, n)
     if c.shared is not None:
         x = rows[id(c.shared)]
-        sums = product(c.cpu, c.shared.down_weights, p, x, 0, 1, c.schedule.unroll)
-        for t, s in zip(total, sums, strict=True):
-            store(t, 0, load(t, 0, n) + load(s, 0, n), n)
+        add(product(c.cpu, c.shared.down_weights, panels, x, 0, 1, c.schedule), None, panels)
     if c.experts is not None:
         part, x = c.experts, rows[id(c.experts)]
         with T.serial(0, count) as j:
-            at = bind(taken[j] * part.down.panels + p)
-            sums = product(c.cpu, part.down_weights, at, x, j, 1, c.schedule.unroll)
-            for v, (t, s) in enumerate(zip(total, sums, strict=True)):
-                value = load(s, 0, n)
-                if part.down_bias is not None:
-                    value = value + load(part.down_bias, at * width + v * n, n)
-                store(t, 0, load(t, 0, n) + value, n)
-    c.y.put(0, p, total)
+            start = bind(taken[j] * part.down.panels)
+            at = [bind(start + p) for p in panels]
+            sums = product(c.cpu, part.down_weights, at, x, j, 1, c.schedule)
+            add(sums, part.down_bias, at)
+    for total, panel in zip(totals, panels, strict=True):
+        c.y.put(0, panel, total)

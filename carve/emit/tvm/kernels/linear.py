@@ -44,9 +44,12 @@ def linear(spec: LinearSpec, cpu: Cpu, schedule: Schedule | None = None) -> Any:
                 if spec.format.quantized:
                     one = make_rows(spec.format, spec.in_features, 1, 1)
                     arrange(cpu, one, 0, 0, x, 0)
-                with loop(s, weights.panels) as p:
-                    acc = product(cpu, weights, p, one, 0, 1, s.unroll)
-                    y.put(0, p, acc, bias)
+                streams = s.side_by_side(weights.panels)
+                with loop(s, weights.panels // streams) as unit:
+                    panels = [bind(unit * streams + i) for i in range(streams)]
+                    sums = product(cpu, weights, panels, one, 0, 1, s)
+                    for p, two in zip(panels, sums, strict=True):
+                        y.put(0, p, two, bias)
             with T.Else():
                 tiles = bind(ceil_div(n, s.tile))
                 rows = make_rows(spec.format, spec.in_features, s.tile, tiles)
@@ -61,10 +64,10 @@ def linear(spec: LinearSpec, cpu: Cpu, schedule: Schedule | None = None) -> Any:
                     left = bind(n - t * s.tile)
 
                     def tile(h: int, p: Any = p, t: Any = t, left: Any = left) -> None:
-                        acc = product(cpu, weights, p, rows, t, h, s.unroll)
+                        (sums,) = product(cpu, weights, [p], rows, t, h, s)
                         for i in range(h):
                             with T.If(left > tirx.const(i, "int32")), T.Then():
-                                y.put(t * s.tile + i, p, acc[i * VECTORS :][:VECTORS], bias)
+                                y.put(t * s.tile + i, p, sums[i * VECTORS :][:VECTORS], bias)
 
                     by_height(s, left, tile)
     return ib.get()

@@ -158,7 +158,7 @@ def _inward(c: Call, part: Part, group: Groups, n: Expr, x: Rows, hidden: Buffer
     with loop(c.schedule, part.inward.panels) as p:
 
         def tile(at: Expr, tile: Expr, height: int, left: Expr) -> None:
-            sums = product(c.cpu, part.inward_weights, at, x, tile, height, c.schedule.unroll)
+            (sums,) = product(c.cpu, part.inward_weights, [at], x, tile, height, c.schedule)
             for i in range(height):
                 put_hidden(
                     c.cpu,
@@ -180,7 +180,7 @@ def _down(c: Call, part: Part, group: Groups, n: Expr, h: Rows) -> None:
     with loop(c.schedule, part.down.panels) as p:
 
         def tile(at: Expr, tile: Expr, height: int, left: Expr) -> None:
-            sums = product(c.cpu, part.down_weights, at, h, tile, height, c.schedule.unroll)
+            (sums,) = product(c.cpu, part.down_weights, [at], h, tile, height, c.schedule)
             for i in range(height):
                 with T.If(left > tirx.const(i, "int32")), T.Then():
                     token = bind(group.token(tile * group.height + i, n))

@@ -16,10 +16,18 @@ from carve.emit.tvm.kernels.vector import Expr
 
 @dataclass(frozen=True)
 class Schedule:
-    """``unroll``: steps of an fp32 product in a loop's body; ``tile``: rows computed at once."""
+    """What the grid of schedules varies.
 
-    unroll: int = 4
+    ``unroll``: steps of an fp32 product in a loop's body; ``tile``: rows computed at once;
+    ``streams``: panels that one token reads side by side, where they divide (memory answers faster
+    when asked in several places); ``ahead``: bytes that it asks for before they are due, or 0;
+    ``parallel``: whether work is divided among threads.
+    """
+
+    unroll: int = 2
     tile: int = 4
+    streams: int = 4
+    ahead: int = 2048
     parallel: bool = True
 
     def heights(self) -> list[int]:
@@ -30,9 +38,14 @@ class Schedule:
         return found
 
 
+    def side_by_side(self, *panels: int) -> int:
+        """Streams that divide these numbers of panels."""
+        return max(s for s in range(1, self.streams + 1) if all(p % s == 0 for p in panels))
+
+
 def default(cpu: Cpu, *, parallel: bool = True) -> Schedule:
     """As many rows as leave registers for the weights and one activation."""
-    return Schedule(4, (cpu.registers - 4) // VECTORS - 2, parallel)
+    return Schedule(tile=(cpu.registers - 4) // VECTORS - 2, parallel=parallel)
 
 
 def loop(schedule: Schedule, extent: Expr) -> Any:

@@ -50,6 +50,12 @@ def bits_of(value: Expr, dtype: str) -> Expr:
     return tirx.reinterpret(dtype, value)
 
 
+def prefetch(buffer: Buffer, at: Expr) -> None:
+    """Ask for the cache line of an element; beyond the buffer's end it does nothing."""
+    how = [tirx.const(v, "int32") for v in (0, 3, 1)]  # read, keep, data
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(buffer[at]), *how))
+
+
 def local(size: int, dtype: str = "float32") -> Buffer:
     """Values that live in registers where every index is a constant."""
     return T.alloc_buffer((size,), dtype, scope="local")
