@@ -149,7 +149,7 @@ def load(
     except BaseException:
         runner.close()
         raise
-    return Model(manifest, runner, tokenizer, pad)
+    return Model(manifest, runner, tokenizer, pad, name)
 
 
 def _usable(target: str) -> bool:
@@ -199,14 +199,21 @@ class Model:
 
     Attributes:
         manifest: what the artifact says of itself.
+        target: which of its targets is loaded.
         tokenizer: its tokenizer, or None. It neither pads nor, for decoders, truncates.
         max_length: the longest context in tokens; 0 when the model has no such limit.
     """
 
     def __init__(
-        self, manifest: Manifest, engine: Runner, tokenizer: Tokenizer | None, pad: int
+        self,
+        manifest: Manifest,
+        engine: Runner,
+        tokenizer: Tokenizer | None,
+        pad: int,
+        target: str = "onnx-cpu",
     ) -> None:
         self.manifest = manifest
+        self.target = target
         self.tokenizer = tokenizer
         self.max_length = manifest.model.max_length
         self._engine = engine

@@ -88,7 +88,7 @@ class Parameters:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, s in self.stored.items():
-                array = np.ascontiguousarray(s.make())
+                array = np.asarray(s.make(), order="C")
                 if array.shape != s.shape or array.dtype != np.dtype(s.dtype):
                     raise ValueError(f"{name}: {array.dtype} {array.shape}, not {s}")
                 file.write(array.tobytes())

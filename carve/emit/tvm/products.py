@@ -12,8 +12,10 @@ from tvm import relax, te, tirx
 from tvm.relax import op
 
 from carve.arithmetic import Precision
+from carve.emit.pack import pack
 from carve.emit.tvm.cpu import Cpu
 from carve.emit.tvm.kernels import Format, LinearSpec, linear
+from carve.emit.tvm.kernels.activations import activate
 from carve.emit.tvm.kernels.layout import Array, linear_layout
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.weights import Matrix, Packed, pack_linear, widen
@@ -138,11 +140,11 @@ class Products:
         spec = LinearSpec(rows, width, form, bias is not None)
         gv = self.kernel(spec, "linear", lambda: linear(spec, self.cpu))
 
-        def pack() -> Packed:
+        def packed() -> Packed:
             b = None if bias is None else bias.float().numpy()
             return pack_linear(spec, self.cpu, matrix(weights, grids, form), b)
 
-        given = self.arrays(name, list(linear_layout(spec, self.cpu).arrays()), pack)
+        given = self.arrays(name, list(linear_layout(spec, self.cpu).arrays()), packed)
         return self.on_rows(gv, x, [], given, rows)
 
     def on_rows(
@@ -183,3 +185,35 @@ class Products:
             return te.compute(v.shape, lambda *i: activate(name, v(*i), 1))
 
         return self.bb.emit_te(compute, x)
+
+    def lookup(self, ids: relax.Expr, name: str, table: Tensor) -> relax.Expr:
+        """Rows of an embedding's table ``[V, d]``, levels turned into numbers as they are read."""
+        grid = self.precision.known(table)
+        width = int(table.shape[1])
+        if grid is None:
+            whole = self.params.tensor(f"{name}.table", table)
+
+            def rows(t: te.Tensor, ids: te.Tensor) -> te.Tensor:
+                return te.compute((*ids.shape, width), lambda *i: t[ids(*i[:-1]), i[-1]])
+
+            return self.bb.emit_te(rows, whole, ids)
+        bits, block, each = grid.bits, grid.block, 8 // grid.bits
+        levels = self.params.add(
+            f"{name}.table.q{bits}",
+            lambda: pack(grid.levels(table), bits),
+            (len(table), width // each),
+            "uint8",
+        )
+        scales = self.params.tensor(f"{name}.table.scales", grid.scale)
+
+        def decoded(q: te.Tensor, s: te.Tensor, ids: te.Tensor) -> te.Tensor:
+            def at(*i: Any) -> Any:
+                row, j = ids(*i[:-1]), i[-1]
+                byte = q[row, tirx.floordiv(j, each)].astype("int32")
+                level = (byte >> (tirx.floormod(j, each) * bits).astype("int32")) & ((1 << bits) - 1)
+                value = (level - grid.zero).astype("float32")
+                return value * s[row, tirx.floordiv(j, block)]
+
+            return te.compute((*ids.shape, width), at)
+
+        return self.bb.emit_te(decoded, levels, scales, ids)

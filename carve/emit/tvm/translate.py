@@ -15,7 +15,7 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from carve.emit.tvm import patterns
 from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.params import Parameters
-from carve.emit.tvm.plain import Plain
+from carve.emit.tvm.layers import Layers
 from carve.emit.tvm.products import Products, is_number, same_size
 from carve.emit.tvm.routed import routed
 from carve.errors import CarveError
@@ -129,7 +129,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.reading, self.stored, self.block_builder = reading, params, bb
-        self.kernels, self.products = Plain(bb, params, products), products
+        self.layers, self.products = Layers(products), products
         self.gating: Gating | None = None
         self.env: Any = _Values(self._arranged)
         self.swapped: dict[fx.Node, relax.Expr] = {}
@@ -195,10 +195,10 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         if n in self.reading.norms:
             norm = self.reading.norms[n]
             weight = self.env[norm.weight]
-            self.env[n] = self.kernels.rms_norm(self.env[norm.x], weight, norm.epsilon)
+            self.env[n] = self.layers.rms_norm(self.env[norm.x], weight, norm.epsilon)
         elif n in self.reading.rotaries:
             r = self.reading.rotaries[n]
-            self.swapped[n] = self.kernels.rotary(
+            self.swapped[n] = self.layers.rotary(
                 self.heads(r.x), self.env[r.cos], self.env[r.sin], r.width
             )
         elif n.target in self.ours:
@@ -397,7 +397,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         x = self.env[n.args[0]]
         if n is self.reading.head and self.keep is not None:
             x = self._last_rows(x)
-        return self.kernels.linear(x, str(n.args[1].target), [weight], bias)  # type: ignore[union-attr]
+        return self.products.linear(x, str(n.args[1].target), [weight], bias)  # type: ignore[union-attr]
 
     def _last_rows(self, x: relax.Expr) -> relax.Expr:
         width = int(x.ty.shape[2])
@@ -412,7 +412,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         table = self.tensor_of(n.args[0])
         if table is None:
             raise CarveError("emit", f"{n.name}: an embedding whose table is computed")
-        return self.kernels.lookup(table, str(n.args[0].target), self.env[n.args[1]])  # type: ignore[union-attr]
+        return self.products.lookup(self.env[n.args[1]], str(n.args[0].target), table)  # type: ignore[union-attr]
 
     def _our_routed(self, n: fx.Node) -> Any:
         site = self.reading.sites[n]
@@ -428,7 +428,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         weight = self.env[args[2]] if args[2] is not None else self._filled(width, 1.0)
         bias = self.env[args[3]] if args[3] is not None else self._filled(width, 0.0)
         epsilon = 1e-5 if args[4] is None else float(args[4])  # type: ignore[arg-type]
-        return self.kernels.layer_norm(x, weight, bias, epsilon)
+        return self.layers.layer_norm(x, weight, bias, epsilon)
 
     def _filled(self, width: int, value: float) -> relax.Var:
         return self.stored.tensor(f"constant.{value}.{width}", torch.full((width,), value))
@@ -461,15 +461,15 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         """New keys and values into the cache."""
         _, k, v, past_key, past_value = n.args[:5]
         self.present[n] = (
-            self.kernels.append(self.heads(k), self.position, self.env[past_key]),  # type: ignore[arg-type]
-            self.kernels.append(self.heads(v), self.position, self.env[past_value]),  # type: ignore[arg-type]
+            self.layers.append(self.heads(k), self.position, self.env[past_key]),  # type: ignore[arg-type]
+            self.layers.append(self.heads(v), self.position, self.env[past_value]),  # type: ignore[arg-type]
         )
 
     def attend(self, n: fx.Node, position: relax.Expr | None) -> None:
         """Attention over the cache, for queries at ``position`` ``[1, R]``."""
         scale, window, softcap = n.args[5:8]
         key, value = self.present[n]
-        self.swapped[n] = self.kernels.attend(
+        self.swapped[n] = self.layers.attend(
             self.heads(n.args[0]),  # type: ignore[arg-type]
             position,
             key,
