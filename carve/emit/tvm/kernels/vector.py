@@ -57,8 +57,11 @@ def prefetch(buffer: Buffer, at: Expr) -> None:
 
 
 def local(size: int, dtype: str = "float32") -> Buffer:
-    """Values that live in registers where every index is a constant."""
-    return T.alloc_buffer((size,), dtype, scope="local")
+    """Values that live in registers where every index is a constant.
+
+    Below 1 KiB memory of this scope is taken from the stack; that of ``local`` never is.
+    """
+    return T.alloc_buffer((size,), dtype, scope="global")
 
 
 def scratch(size: Expr, dtype: str = "float32") -> Buffer:
