@@ -57,20 +57,25 @@ def emit_tvm(program: Program, folder: Path, bits: int, target: str, cpu: Cpu) -
         raise UserError("bits", f"--bits {bits} is not one of 16, 8, 4", "try --bits 4")
     linker = compiler(cpu)
     mod, params = translate(program, bits, cpu)
-    library = _compile(mod, cpu)
+    library = _compile(mod, cpu, gated=bool(program.gated))
     library.export_library(str(folder / LIBRARY), fcompile=_linked_by(linker))
     params.write(folder / TENSORS)
     write_json(folder / INDEX, _index(program, params, target, cpu))
     return TvmEmitted(folder / INDEX, bits, len(mod.functions))
 
 
-def _compile(mod: tvm.IRModule, cpu: Cpu) -> Any:
+def _plans(p: Any) -> bool:
+    """Whether a pass shares memory between values: what it takes for free may be in a branch."""
+    return bool(p.info.name == "StaticPlanBlockMemory")
+
+
+def _compile(mod: tvm.IRModule, cpu: Cpu, *, gated: bool) -> Any:
     passes = [
         relax.transform.ConvertToDataflow(1),
         relax.transform.DeadCodeElimination(),
         *cpu_generic.legalize_passes(cpu.target()),
         *cpu_generic.dataflow_lower_passes(cpu.target()),
-        *cpu_generic.finalize_passes(cpu.target()),
+        *(p for p in cpu_generic.finalize_passes(cpu.target()) if not gated or not _plans(p)),
     ]
     try:
         return tvm.compile(
