@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def engine(c: argparse.ArgumentParser) -> None:
         c.add_argument(
-            "--engine", choices=("onnx", "tvm"), help="which of the artifact's targets (default: onnx)"
+            "--engine",
+            choices=("onnx", "tvm"),
+            help="which of the artifact's targets (default: onnx)",
         )
 
     c = command("convert", "turn a dense checkpoint into a routed artifact")
@@ -62,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--size", help="most bytes of the model's files, for example 40MB")
     c.add_argument("--reads", help="most bytes of weights that a token reads, for example 20MB")
     c.add_argument("--devices", help="place the experts on these: a TOML file, or a preset's name")
-    c.add_argument("--target", help="what to emit, separated by commas, see carve list targets (default: onnx-cpu)")
+    c.add_argument(
+        "--target",
+        help="what to emit, separated by commas, see carve list targets (default: onnx-cpu)",
+    )
     c.add_argument("--calibration", help="a text file instead of the bundled text")
     c.add_argument("--recipe", type=Path, help="settings from a TOML file")
     c.add_argument(
@@ -323,7 +328,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from carve.measure import evaluate_artifact
 
-    result = evaluate_artifact(Path(args.artifact), args.text, args.dense, args.tokens, _progress, args.engine)
+    result = evaluate_artifact(
+        Path(args.artifact), args.text, args.dense, args.tokens, _progress, args.engine
+    )
     if not args.json:
         from carve.report import figures
 

@@ -16,7 +16,7 @@ from carve_runtime import tvm_library as tvm
 from carve_runtime.decoder import Session, cache_names
 from carve_runtime.engine import Port, check_feeds
 from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
-from carve_runtime.gates import BARS, SHIFT
+from carve_runtime.gates import SHIFT
 from carve_runtime.manifest import ModelInfo
 from carve_runtime.tensors import map_tensors
 from carve_runtime.tvm_index import DTYPES, TvmIndex

@@ -46,10 +46,7 @@ def _load() -> Any:
         import tvm_ffi  # type: ignore[import-not-found, unused-ignore]
         from tvm_ffi.libinfo import load_lib_ctypes  # type: ignore[import-not-found, unused-ignore]
 
-        found = importlib.util.find_spec("tvm")
-        if found is None or not found.submodule_search_locations:
-            raise ImportError("no module named 'tvm'")
-        folder = Path(next(iter(found.submodule_search_locations))) / "lib"
+        folder = _folder() / "lib"
         if "tvm" not in sys.modules:  # the compiler brings the same library
             load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
     except (ImportError, OSError, RuntimeError) as error:
@@ -60,6 +57,14 @@ def _load() -> Any:
         if hide:
             sys.modules.pop("torch", None)
     return tvm_ffi
+
+
+def _folder() -> Path:
+    """Where TVM is installed; importing it would load the compiler."""
+    found = importlib.util.find_spec("tvm")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("no module named 'tvm'")
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 def aligned(shape: Sequence[int], dtype: Any) -> NDArray[Any]:

@@ -99,7 +99,9 @@ def test_threads_take_turns(model: Model) -> None:
 
 def test_run_takes_batches_and_a_cache(model: Model) -> None:
     ids = np.array([[3, 4, 5], [6, 7, 8]])
-    empty = {f"past_key_values.0.{p}": np.zeros((2, 1, 0, 16), np.float32) for p in ("key", "value")}
+    empty = {
+        f"past_key_values.0.{p}": np.zeros((2, 1, 0, 16), np.float32) for p in ("key", "value")
+    }
     logits, key, value = model.run(
         {"input_ids": ids, "position_ids": np.arange(3)[None].repeat(2, 0), **empty}
     )

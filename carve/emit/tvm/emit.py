@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
 import tvm
+from carve_runtime.gates import BARS, SCORES, SHIFT
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
@@ -22,12 +23,15 @@ from carve.emit.tvm.names import compiler
 from carve.emit.tvm.params import Parameters
 from carve.errors import CarveError, UserError
 from carve.program import Program
-from carve_runtime.gates import BARS, SCORES, SHIFT
 
 log = logging.getLogger(__name__)
 INDEX, LIBRARY, TENSORS = "index.json", "model.so", "model.safetensors"
 SCHEMA = 1
-_TYPES = {"torch.float32": "tensor(float)", "torch.int64": "tensor(int64)", "torch.bool": "tensor(bool)"}
+_TYPES = {
+    "torch.float32": "tensor(float)",
+    "torch.int64": "tensor(int64)",
+    "torch.bool": "tensor(bool)",
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from carve.emit.tvm.cpu import Cpu
 from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.products import Products
-from carve.emit.tvm.translate import Reading, Translator
+from carve.emit.tvm.reading import Reading
+from carve.emit.tvm.translate import Translator
 from carve.program import Program
 
 
@@ -79,13 +80,8 @@ def _main(reading: Reading, products: Products) -> None:
     nodes = _inputs(program)
     symbols: dict[str, tirx.Var] = {}
     given = []
-    for i, (node, example, axes) in enumerate(
-        zip(nodes, program.example, program.dynamic, strict=True)
-    ):
-        sizes = [
-            _symbol(symbols, a) if a in axes else int(n)
-            for a, n in enumerate(example.shape)
-        ]
+    for i, (example, axes) in enumerate(zip(program.example, program.dynamic, strict=True)):
+        sizes = [_symbol(symbols, a) if a in axes else int(n) for a, n in enumerate(example.shape)]
         dtype = str(example.dtype).removeprefix("torch.")
         given.append(relax.Var(f"input{i}", relax.TensorType(sizes, dtype)))
     t = Translator(reading, params, bb, products)
@@ -108,7 +104,5 @@ def _append_parameters(bb: relax.BlockBuilder, name: str, variables: list[relax.
     mod = bb.get()
     gv = mod.get_global_var(name)
     f = mod[name]
-    new = relax.Function(
-        [*f.params, *variables], f.body, f.ret_ty, f.is_pure, f.attrs
-    )
+    new = relax.Function([*f.params, *variables], f.body, f.ret_ty, f.is_pure, f.attrs)
     bb.update_func(gv, new)

@@ -158,9 +158,7 @@ class Gating:
 
         def make() -> Any:
             @T.prim_func(private=True)
-            def rows(
-                sp: T.handle, bp: T.handle, wp: T.handle, count: T.Buffer((1,), "int64")
-            ):
+            def rows(sp: T.handle, bp: T.handle, wp: T.handle, count: T.Buffer((1,), "int64")):
                 T.func_attr({"op_pattern": OPAQUE, "tirx.noalias": True})
                 s = T.int64()
                 score = T.match_buffer(sp, (1, s, 1), "float32")
@@ -207,9 +205,7 @@ class Gating:
             return put
 
         gv = self.t.products.kernel(("put", width), "put", make)
-        return self.t.emit(
-            op.call_tir_inplace(gv, relax.Tuple([rows, which, base]), [2], base.ty)
-        )
+        return self.t.emit(op.call_tir_inplace(gv, relax.Tuple([rows, which, base]), [2], base.ty))
 
     def _bridge(self, x: relax.Expr, block: Block) -> relax.Expr:
         """What skipped tokens get, see `carve.dialect.bridge`."""

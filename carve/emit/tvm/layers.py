@@ -55,9 +55,7 @@ class Layers:
         """``[1, S, ...]`` without the first axis."""
         return self._view(x, list(x.ty.shape)[1:])
 
-    def rotary(
-        self, x: relax.Expr, cos: relax.Expr, sin: relax.Expr, turned: int
-    ) -> relax.Expr:
+    def rotary(self, x: relax.Expr, cos: relax.Expr, sin: relax.Expr, turned: int) -> relax.Expr:
         """Heads turned by the angles of ``cos`` and ``sin`` ``[1, S, turned]``."""
         heads, width = (int(n) for n in list(x.ty.shape)[2:])
         gv = self.products.kernel(

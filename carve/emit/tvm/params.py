@@ -12,7 +12,14 @@ from torch import Tensor
 from tvm import relax
 
 _ALIGN = 64
-_NAMES = {"float32": "F32", "int64": "I64", "int32": "I32", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
+_NAMES = {
+    "float32": "F32",
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tvm import relax, te, tirx
 from tvm.relax import op
@@ -121,9 +120,7 @@ class Products:
         grids = [self.precision.of(w) for w in weights]
         return self._linear(x, name, weights, grids, bias)
 
-    def full(
-        self, x: relax.Expr, name: str, weight: Tensor, bias: Tensor | None
-    ) -> relax.Expr:
+    def full(self, x: relax.Expr, name: str, weight: Tensor, bias: Tensor | None) -> relax.Expr:
         """As `linear`, in fp32 whatever the program's width."""
         return self._linear(x, name, [weight], [None], bias)
 
@@ -210,7 +207,9 @@ class Products:
             def at(*i: Any) -> Any:
                 row, j = ids(*i[:-1]), i[-1]
                 byte = q[row, tirx.floordiv(j, each)].astype("int32")
-                level = (byte >> (tirx.floormod(j, each) * bits).astype("int32")) & ((1 << bits) - 1)
+                level = (byte >> (tirx.floormod(j, each) * bits).astype("int32")) & (
+                    (1 << bits) - 1
+                )
                 value = (level - grid.zero).astype("float32")
                 return value * s[row, tirx.floordiv(j, block)]
 

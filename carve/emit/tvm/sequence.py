@@ -54,8 +54,7 @@ def _fold(v: Expr, lanes: int, join: Callable[[Expr, Expr], Expr]) -> Expr:
         half = lanes // 2
         v = bind(v)
         parts = [
-            tirx.Shuffle([v], [_int(i) for i in range(start, start + half)])
-            for start in (0, half)
+            tirx.Shuffle([v], [_int(i) for i in range(start, start + half)]) for start in (0, half)
         ]
         v, lanes = join(*parts), half
     return bind(v)
@@ -110,7 +109,9 @@ def norm(width: int, epsilon: float, kind: str, summed: bool, cpu: Cpu) -> Any:
             if other is not None:
                 with T.serial(0, width // lanes) as j:
                     at = j * lanes
-                    store(total, [i, at], load(x, [i, at], lanes) + load(other, [i, at], lanes), lanes)
+                    store(
+                        total, [i, at], load(x, [i, at], lanes) + load(other, [i, at], lanes), lanes
+                    )
                 source = total
             middle: Expr = tirx.const(0.0, "float32")
             if kind == "layer":

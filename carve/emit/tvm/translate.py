@@ -1,4 +1,4 @@
-"""From the captured graph to Relax: our kernels where the work is, TVM's own operators elsewhere."""
+"""From the captured graph to Relax: kernels where the work is, TVM's own operators elsewhere."""
 
 from __future__ import annotations
 
@@ -14,93 +14,17 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 
 from carve.emit.tvm import patterns
 from carve.emit.tvm.gating import Gating
-from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.layers import Layers
+from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.products import Products, is_number, same_size
+from carve.emit.tvm.reading import ATTENTION, GATED, ROUTED, Reading
 from carve.emit.tvm.routed import routed
 from carve.errors import CarveError
 from carve.match import LINEAR
-from carve.program import EMBEDDING, Program
-from carve.sites import AttentionSite, Block
+from carve.program import EMBEDDING
 
 aten = torch.ops.aten
-ATTENTION = torch.ops.carve.attention.default
-ROUTED = torch.ops.carve.routed_ffn.default
-GATED = torch.ops.carve.gated.default
 Converter = Callable[[fx.Node], Any]
-
-
-class Reading:
-    """What is known of a program's graph before it is translated.
-
-    ``needed`` are the nodes that are computed, in order, with what fused kernels swallow left out.
-    """
-
-    def __init__(self, program: Program) -> None:
-        graph = program.module.graph
-        self.program = program
-        self.constants = patterns.constants(graph, program.module)
-        self.norms: dict[fx.Node, patterns.RMSNorm] = {}
-        self.rotaries: dict[fx.Node, patterns.Rotary] = {}
-        for n in graph.nodes:
-            norm, turned = patterns.rms_norm(n, self.constants), patterns.rotary(n)
-            if norm is not None:
-                self.norms[n] = norm
-            elif turned is not None:
-                self.rotaries[n] = turned
-        self.sites = {s.output: s for s in program.sites if s.routed is not None}
-        self.blocks = {b.gate_node: b for b in program.gated}
-        results: Any = graph.output_node().args[0]
-        self.results: list[fx.Node] = list(results)
-        self.head = patterns.head_product(self.results[0]) if program.kind == "decoder" else None
-        self.needed = self._needed(graph)
-        self.regions = {g: self._region(b) for g, b in self.blocks.items() if g is not None}
-        """By gate, the nodes that its block runs only for the tokens that it lets through."""
-        inside = {n for region in self.regions.values() for n in region}
-        self.needed = [n for n in self.needed if n not in inside]
-
-    def uses(self, n: fx.Node) -> list[fx.Node]:
-        """The nodes whose values ``n`` is computed from."""
-        if n in self.constants:
-            return []
-        if n in self.norms:
-            return [self.norms[n].x]
-        if n in self.rotaries:
-            r = self.rotaries[n]
-            return [r.x, r.cos, r.sin]
-        if n.target is ROUTED:
-            return [n.args[0]]  # type: ignore[list-item]
-        if n.target is GATED:
-            return list(n.args[:3])  # type: ignore[arg-type]
-        return [i for i in n.all_input_nodes if i not in self.constants]
-
-    def uses_inside(self, n: fx.Node, block: Block) -> list[fx.Node]:
-        """As `uses`, but a gated attention's keys and values are outside of its gate."""
-        inside = isinstance(block, AttentionSite) and n is block.attention
-        return [n.args[0]] if inside else self.uses(n)  # type: ignore[list-item]
-
-    def _region(self, block: Block) -> list[fx.Node]:
-        found: set[fx.Node] = set()
-        stack = [block.output]
-        while stack:
-            n = stack.pop()
-            if n not in found and n is not block.input:
-                found.add(n)
-                stack += self.uses_inside(n, block)
-        region: dict[fx.Node, None] = {}
-        for n in self.needed:
-            if n in found and any(
-                u is block.input or u in region for u in self.uses_inside(n, block)
-            ):
-                region[n] = None
-        return list(region)
-
-    def _needed(self, graph: fx.Graph) -> list[fx.Node]:
-        wanted = set(self.results)
-        for n in reversed(graph.nodes):
-            if n in wanted:
-                wanted.update(self.uses(n))
-        return [n for n in graph.nodes if n in wanted and n.op == "call_function"]
 
 
 class _Values(dict[fx.Node, Any]):
@@ -166,7 +90,8 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
         if node in self.swapped:
             return self.emit(op.permute_dims(self.swapped[node], [0, 2, 1, 3]))
         if node in self.reading.constants:
-            return self.stored.tensor(str(node.target if node.op == "get_attr" else f"constant.{node.name}"), self.reading.constants[node])
+            name = str(node.target) if node.op == "get_attr" else f"constant.{node.name}"
+            return self.stored.tensor(name, self.reading.constants[node])
         raise CarveError("emit", f"{node.name} is used before it is computed")
 
     def emit(self, value: relax.Expr) -> relax.Var:
@@ -308,9 +233,7 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
                     self.swapped[source], start, start + widths[i]
                 )
             else:
-                self.env[item] = self._last_axis_slice(
-                    self.env[source], start, start + widths[i]
-                )
+                self.env[item] = self._last_axis_slice(self.env[source], start, start + widths[i])
 
         self._pieces[n] = part
         return None
@@ -336,9 +259,15 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             for w in whole:
                 missing = missing * w
             for s in rest:
-                missing = tirx.floordiv(missing, s) if not is_number(missing, s) else int(missing) // int(s)
+                missing = (
+                    tirx.floordiv(missing, s)
+                    if not is_number(missing, s)
+                    else int(missing) // int(s)
+                )
             sizes[free[0]] = missing
-        if len(sizes) == len(have) and all(same_size(a, b) for a, b in zip(sizes, have, strict=True)):
+        if len(sizes) == len(have) and all(
+            same_size(a, b) for a, b in zip(sizes, have, strict=True)
+        ):
             return value
         return self.emit(op.reshape(value, sizes))
 
@@ -361,7 +290,12 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
                 for i in index:
                     mine = place[rank - len(i.shape) :]
                     where.append(
-                        i(*(0 if same_size(s, 1) else p for s, p in zip(i.shape, mine, strict=True)))
+                        i(
+                            *(
+                                0 if same_size(s, 1) else p
+                                for s, p in zip(i.shape, mine, strict=True)
+                            )
+                        )
                     )
                 return x(*where)
 

@@ -37,7 +37,6 @@ class Schedule:
             found.append(found[-1] // 2)
         return found
 
-
     def side_by_side(self, *panels: int) -> int:
         """Streams that divide these numbers of panels."""
         return max(s for s in range(1, self.streams + 1) if all(p % s == 0 for p in panels))
