@@ -110,9 +110,14 @@ def _last_axis(node: fx.Node, axis: Any) -> bool:
     return axis in (-1, _ndim(node) - 1)
 
 
+def _is_slice(node: Any) -> bool:
+    """Whether a node takes every value of a range along one axis."""
+    return _is(node, _SLICE, 4) and node.args[4:] in ((), (1,))
+
+
 def _piece(node: Any, x: fx.Node, start: int, stop: int | None) -> bool:
     """Whether ``node`` is ``x[..., start:stop]``; None stops at the end."""
-    if not _is(node, _SLICE, 4) or node.args[0] is not x or not _last_axis(x, node.args[1]):
+    if not _is_slice(node) or node.args[0] is not x or not _last_axis(x, node.args[1]):
         return False
     width = shape_of(x)[-1]  # type: ignore[index]
     end = min(int(node.args[3]), int(width)) if isinstance(node.args[3], int) else -1
@@ -165,9 +170,9 @@ def rotary(node: fx.Node) -> Rotary | None:
     turned = _turned(parts[0])
     if turned is None:
         return None
-    if _is(parts[1], _SLICE, 4) and _piece(parts[1], turned.x, turned.width, None):
+    if _piece(parts[1], turned.x, turned.width, None):
         return turned  # all of it: the rest is empty
-    whole = turned.x.args[0] if _is(turned.x, _SLICE, 4) else None
+    whole = turned.x.args[0] if _is_slice(turned.x) else None
     if (
         isinstance(whole, fx.Node)
         and _piece(turned.x, whole, 0, turned.width)
@@ -192,7 +197,7 @@ def passes_through(node: fx.Node) -> bool:
         return _dtype(node) == _dtype(node.args[0])
     if node.target in _SAME:
         return _dtype(node) == _dtype(node.args[0])
-    if node.target is _SLICE and len(node.args) >= 4:
+    if _is_slice(node):
         shape = shape_of(node.args[0])  # type: ignore[arg-type]
         full = isinstance(node.args[3], int) and node.args[3] >= (1 << 62)
         return node.args[2] == 0 and full and shape is not None

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from tvm import relax, te, tirx
+from tvm import relax, te
 from tvm.relax import op
-from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from carve.emit.tvm import patterns
+from carve.emit.tvm.arranging import Arranging
 from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.layers import Layers
 from carve.emit.tvm.params import Parameters
-from carve.emit.tvm.products import Products, is_number, same_size
+from carve.emit.tvm.products import Products
 from carve.emit.tvm.reading import ATTENTION, GATED, ROUTED, Reading
 from carve.emit.tvm.routed import routed
 from carve.errors import CarveError
@@ -39,7 +39,7 @@ class _Values(dict[fx.Node, Any]):
         return value
 
 
-class Translator(ExportedProgramImporter):  # type: ignore[misc]
+class Translator(Arranging):
     """Translates one function of a program.
 
     Args:
@@ -93,10 +93,6 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             name = str(node.target) if node.op == "get_attr" else f"constant.{node.name}"
             return self.stored.tensor(name, self.reading.constants[node])
         raise CarveError("emit", f"{node.name} is used before it is computed")
-
-    def emit(self, value: relax.Expr) -> relax.Var:
-        """Bind a value."""
-        return self.block_builder.emit(value)
 
     def heads(self, node: fx.Node) -> relax.Expr:
         """``[B, S, H, D]`` of a node ``[B, H, S, D]``."""
@@ -188,34 +184,6 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
             return None
         return self._cut(n)
 
-    def _cut(self, n: fx.Node) -> Any:
-        """``x[..., start:stop:step]``; a stop that is no number is within the axis."""
-        x, axis, start, stop, step = (*n.args, *(0, 0, None, 1)[len(n.args) - 1 :])
-        value = self.env[x]
-        axis = int(axis) % len(value.ty.shape)  # type: ignore[call-overload]
-        size = value.ty.shape[axis]
-        ends = []
-        for end, default in ((start, 0), (stop, size)):
-            end = self.env[end] if isinstance(end, fx.Node) else end
-            if end is None or (isinstance(end, int) and end >= (1 << 62)):
-                end = default
-            elif isinstance(end, int) and end < 0:
-                end = size + end
-            elif is_number(end, size):
-                end = min(int(end), int(size))
-            ends.append(end)
-        first, last = ends
-        count = last - first if step == 1 else tirx.floordiv(last - first + step - 1, step)
-
-        def cut(x: te.Tensor) -> te.Tensor:
-            shape = [count if a == axis else s for a, s in enumerate(x.shape)]
-            return te.compute(
-                shape,
-                lambda *i: x(*(first + v * step if a == axis else v for a, v in enumerate(i))),
-            )
-
-        return self.block_builder.emit_te(cut, value)
-
     def _our_split(self, n: fx.Node) -> Any:
         """Parts along the last axis are cut where they are taken."""
         source: Any = n.args[0]
@@ -237,89 +205,6 @@ class Translator(ExportedProgramImporter):  # type: ignore[misc]
 
         self._pieces[n] = part
         return None
-
-    def _our_reshape(self, n: fx.Node) -> Any:
-        value = self.env[n.args[0]]
-        sizes = [self.env[s] if isinstance(s, fx.Node) else s for s in n.args[1]]  # type: ignore[union-attr]
-        have = list(value.ty.shape)
-        free = [i for i, s in enumerate(sizes) if isinstance(s, int) and s == -1]
-        if free:
-            # Symbols cancel by hand: the rest of the product is then known.
-            whole = list(have)
-            rest = []
-            for s in sizes:
-                if isinstance(s, int) and s == -1:
-                    continue
-                same = next((i for i, w in enumerate(whole) if same_size(w, s)), None)
-                if same is None:
-                    rest.append(s)
-                else:
-                    del whole[same]
-            missing: Any = 1
-            for w in whole:
-                missing = missing * w
-            for s in rest:
-                missing = (
-                    tirx.floordiv(missing, s)
-                    if not is_number(missing, s)
-                    else int(missing) // int(s)
-                )
-            sizes[free[0]] = missing
-        if len(sizes) == len(have) and all(
-            same_size(a, b) for a, b in zip(sizes, have, strict=True)
-        ):
-            return value
-        return self.emit(op.reshape(value, sizes))
-
-    def _our_index(self, n: fx.Node) -> Any:
-        """``x[i, j, ...]`` with an index tensor for every axis."""
-        x, indices = self.env[n.args[0]], n.args[1]
-        if len(indices) != len(x.ty.shape) or any(i is None for i in indices):  # type: ignore[arg-type, union-attr]
-            raise CarveError("emit", f"{n.name}: this indexing has no translation to TVM")
-
-        def take(x: te.Tensor, *index: te.Tensor) -> te.Tensor:
-            rank = max(len(i.shape) for i in index)
-            shape = []
-            for axis in range(rank):
-                sizes = [i.shape[axis - rank] for i in index if len(i.shape) >= rank - axis]
-                wide = [s for s in sizes if not same_size(s, 1)]
-                shape.append(wide[0] if wide else 1)
-
-            def at(*place: Any) -> Any:
-                where = []
-                for i in index:
-                    mine = place[rank - len(i.shape) :]
-                    where.append(
-                        i(
-                            *(
-                                0 if same_size(s, 1) else p
-                                for s, p in zip(i.shape, mine, strict=True)
-                            )
-                        )
-                    )
-                return x(*where)
-
-            return te.compute(shape, at)
-
-        return self.block_builder.emit_te(take, x, *(self.env[i] for i in indices))  # type: ignore[union-attr]
-
-    def _our_ones(self, n: fx.Node) -> Any:
-        dtype = self._convert_data_type(n.meta["val"].dtype)
-        sizes = [self.env[s] if isinstance(s, fx.Node) else s for s in n.args[1]]  # type: ignore[union-attr]
-        return self.emit(op.full(sizes, relax.const(1, dtype), dtype))
-
-    def _our_gather(self, n: fx.Node) -> Any:
-        return self.emit(
-            op.gather_elements(self.env[n.args[0]], self.env[n.args[2]], axis=int(n.args[1]))  # type: ignore[call-overload]
-        )
-
-    def _our_size(self, n: fx.Node) -> Any:
-        return self.env[n.args[0]].ty.shape[n.args[1]]
-
-    def _to_device(self, n: fx.Node) -> Any:
-        if patterns.passes_through(n):
-            return self.env[n.args[0]]
-        return self.emit(op.astype(self.env[n.args[0]], self._convert_data_type(n.args[2])))
 
     # Kernels
 
