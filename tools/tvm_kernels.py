@@ -3,8 +3,8 @@
 One FFN of a 1.1B Llama (2,048 x 5,632) with random weights, half of it active: a shared expert and
 a few of twelve routed ones. Everything runs in this process in turn, so that a change of the
 machine's speed falls on each; times are medians (and the least), ratios medians over rounds.
-"read" is a plain sum over 128 MB: the rate at which this machine reads. With ``--threads 1`` time is
-that of the thread on its processor, which other processes disturb less.
+"read" is a plain sum over 128 MB: the rate at which this machine reads. With ``--threads 1`` time
+is that of the thread on its processor, which other processes disturb less.
 """
 
 from __future__ import annotations

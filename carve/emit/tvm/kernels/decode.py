@@ -43,9 +43,7 @@ def decode(c: Call) -> None:
         x, width = inputs[part.inward.form], VECTORS * c.cpu.lanes
         panels = [bind(weights * streams + i) for i in range(streams)]
         per = part.inward.padded // part.inward.panels
-        for i, sums in enumerate(
-            product(c.cpu, part.inward_weights, panels, x, 0, 1, c.schedule)
-        ):
+        for i, sums in enumerate(product(c.cpu, part.inward_weights, panels, x, 0, 1, c.schedule)):
             put_hidden(
                 c.cpu,
                 part.inward,

@@ -53,14 +53,14 @@ def linear(spec: LinearSpec, cpu: Cpu, schedule: Schedule | None = None) -> Any:
             with T.Else():
                 tiles = bind(ceil_div(n, s.tile))
                 rows = make_rows(spec.format, spec.in_features, s.tile, tiles)
-                with loop(s, tiles) as t, T.serial(0, s.tile) as i:
+                with T.parallel(0, tiles) as t, T.serial(0, s.tile) as i:
                     at = bind(t * s.tile + i)
                     with T.If(at < n):
                         with T.Then():
                             arrange(cpu, rows, t, i, x, at * spec.in_features)
                         with T.Else():
                             blank(rows, t, i)
-                with loop(s, weights.panels) as p, T.serial(0, tiles) as t:
+                with T.parallel(0, weights.panels) as p, T.serial(0, tiles) as t:
                     left = bind(n - t * s.tile)
 
                     def tile(h: int, p: Any = p, t: Any = t, left: Any = left) -> None:

@@ -26,7 +26,7 @@ def _pipeline() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
     whole, host, device = get_tir_pipeline("s_tir")
     short, _, _ = get_tir_pipeline("tirx")
 
-    @transform.module_pass(opt_level=0, name="carve.lower")
+    @transform.module_pass(opt_level=0, name="carve.lower")  # type: ignore[untyped-decorator,unused-ignore]
     def lower(mod: Any, _context: Any) -> Any:
         own = {g: f for g, f in mod.functions.items() if f.attrs and MARK in f.attrs}
         others = {g: f for g, f in mod.functions.items() if g not in own}

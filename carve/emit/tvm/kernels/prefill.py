@@ -18,7 +18,7 @@ from carve.emit.tvm.kernels.layout import VECTORS
 from carve.emit.tvm.kernels.parts import Call, Part
 from carve.emit.tvm.kernels.product import Rows, product
 from carve.emit.tvm.kernels.rounding import arrange, blank, make_rows
-from carve.emit.tvm.kernels.schedule import by_height, loop
+from carve.emit.tvm.kernels.schedule import by_height
 from carve.emit.tvm.kernels.selection import append, chosen
 from carve.emit.tvm.kernels.spec import Format
 from carve.emit.tvm.kernels.vector import (
@@ -87,7 +87,7 @@ def _by_expert(c: Call, n: Expr) -> Groups:
     room = bind(ceil_div(n * spec.top_k, height) + spec.num_experts)
     first, sizes = scratch(spec.num_experts + 1, "int32"), scratch(spec.num_experts, "int32")
     tokens, takes = scratch(room * height, "int32"), scratch(n * spec.num_experts, "int32")
-    with loop(c.schedule, n) as i, T.serial(0, spec.num_experts) as e:
+    with T.parallel(0, n) as i, T.serial(0, spec.num_experts) as e:
         taken = chosen(spec, c.scores, i, e)
         T.buffer_store(takes, tirx.Select(taken, _ONE, _ZERO), [i * spec.num_experts + e])
     tile = local(1, "int32")
@@ -124,7 +124,7 @@ def _arranged(
 ) -> Rows:
     """Rows of ``source`` in tiles: those of the tokens, or (``stride``) those of the slots."""
     rows = make_rows(form, columns, group.height, group.room)
-    with loop(c.schedule, group.tiles) as t, T.serial(0, group.height) as i:
+    with T.parallel(0, group.tiles) as t, T.serial(0, group.height) as i:
         slot = bind(t * group.height + i)
         token = bind(group.token(slot, n))
         with T.If(token >= _ZERO):
@@ -155,7 +155,7 @@ def _tiles(c: Call, group: Groups, n: Expr, panels: int, panel: Expr, body: Tile
 
 def _inward(c: Call, part: Part, group: Groups, n: Expr, x: Rows, hidden: Buffer) -> None:
     per = part.inward.padded // part.inward.panels
-    with loop(c.schedule, part.inward.panels) as p:
+    with T.parallel(0, part.inward.panels) as p:
 
         def tile(at: Expr, tile: Expr, height: int, left: Expr) -> None:
             (sums,) = product(c.cpu, part.inward_weights, [at], x, tile, height, c.schedule)
@@ -177,7 +177,7 @@ def _inward(c: Call, part: Part, group: Groups, n: Expr, x: Rows, hidden: Buffer
 def _down(c: Call, part: Part, group: Groups, n: Expr, h: Rows) -> None:
     shared = part is c.shared
     bias = c.output_bias if shared else part.down_bias
-    with loop(c.schedule, part.down.panels) as p:
+    with T.parallel(0, part.down.panels) as p:
 
         def tile(at: Expr, tile: Expr, height: int, left: Expr) -> None:
             (sums,) = product(c.cpu, part.down_weights, [at], h, tile, height, c.schedule)

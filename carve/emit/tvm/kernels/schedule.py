@@ -21,7 +21,7 @@ class Schedule:
     ``unroll``: steps of an fp32 product in a loop's body; ``tile``: rows computed at once;
     ``streams``: panels that one token reads side by side, where they divide (memory answers faster
     when asked in several places); ``ahead``: bytes that it asks for before they are due, or 0;
-    ``parallel``: whether work is divided among threads.
+    ``parallel``: whether one token's work is divided among threads (that of many always is).
     """
 
     unroll: int = 2
@@ -37,7 +37,6 @@ class Schedule:
             found.append(found[-1] // 2)
         return found
 
-
     def side_by_side(self, *panels: int) -> int:
         """Streams that divide these numbers of panels."""
         return max(s for s in range(1, self.streams + 1) if all(p % s == 0 for p in panels))
@@ -49,7 +48,7 @@ def default(cpu: Cpu, *, parallel: bool = True) -> Schedule:
 
 
 def loop(schedule: Schedule, extent: Expr) -> Any:
-    """A loop over independent parts."""
+    """A loop over independent parts of one token's work."""
     return T.parallel(0, extent) if schedule.parallel else T.serial(0, extent)
 
 
