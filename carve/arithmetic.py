@@ -155,8 +155,39 @@ class Precision:
         grid = self.of(weight) if weight.ndim == 2 else None
         return 4 * weight.numel() if grid is None else grid.bytes
 
-    def rule(self, disturb: Callable[[Tensor], Tensor] = lambda x: x) -> LinearRule:
-        """Products as the kernels compute them; ``disturb`` is applied to the activations."""
+    def experts(self, routed: RoutedFFN) -> list[int]:
+        """Bytes of each routed expert's weights."""
+        stacks = [t for k, t in routed.tensors().items() if k.startswith("expert_") and t.ndim >= 2]
+        return [sum(self.nbytes(t[e]) for t in stacks) for e in range(routed.num_experts)]
+
+    def shared(self, routed: RoutedFFN) -> int:
+        """Bytes of the shared expert's weights."""
+        return sum(self.nbytes(t) for k, t in routed.tensors().items() if k.startswith("shared"))
+
+    def rest(self, program: Program) -> int:
+        """Bytes of everything but the routed experts; weights that are shared count once."""
+        moved = {
+            t.data_ptr()
+            for s in program.carved
+            if s.routed is not None
+            for k, t in s.routed.tensors().items()
+            if k.startswith("expert_") and t.ndim >= 2
+        }
+        rest = {p.data_ptr(): p for p in program.module.parameters() if p.data_ptr() not in moved}
+        return sum(self.nbytes(p) for p in rest.values())
+
+    def total(self, program: Program) -> int:
+        """Bytes of the whole program's weights."""
+        layers = [s.routed for s in program.carved if s.routed is not None]
+        return self.rest(program) + sum(sum(self.experts(r)) for r in layers)
+
+    def rule(
+        self, disturb: Callable[[Tensor], Tensor] = lambda x: x, *, int8: bool = True
+    ) -> LinearRule:
+        """Products as the kernels compute them; ``disturb`` is applied to the activations.
+
+        Without ``int8`` kernels do not round the activations, which is so on CUDA.
+        """
 
         def apply(x: Tensor, weight: Tensor) -> Tensor:
             found = self._known.get(weight.data_ptr())
@@ -164,7 +195,7 @@ class Precision:
             x = disturb(x.float())
             if grid is None:
                 return F.linear(x, weight.float())
-            return product(x, weight, grid, kernel)
+            return product(x, weight, grid, kernel if int8 else "float")
 
         return apply
 

@@ -7,17 +7,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carve.checkpoint import read_json
+from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
+from carve.files import looking_into, read_json
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
+MANIFEST, REPORT = "manifest.json", "report.json"
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,20 @@ class Artifact:
 
     @property
     def bits(self) -> int:
-        """Width of the weights that nothing else is said of, the same in every target."""
-        return int(next(iter(self.manifest["targets"].values()))["bits"])
+        """Width of the weights that nothing else is said of, the same in every target carve runs.
+
+        Raises:
+            UserError: it holds checkpoints for other engines only.
+        """
+        own = [t for n, t in self.manifest["targets"].items() if n not in FOREIGN]
+        if not own:
+            raise UserError(
+                "target",
+                f"{self.path} holds no target that carve runs",
+                "convert with --target onnx-cpu as well, or use the engine it was made for",
+            )
+        with looking_into(self.path / MANIFEST):
+            return int(own[0]["bits"])
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
@@ -39,6 +52,7 @@ class Artifact:
 
         Raises:
             UserError: it is not an artifact.
+            ArtifactError: its manifest is malformed, or its files lie elsewhere.
         """
         root = Path(path)
         if not root.is_dir():
@@ -47,7 +61,11 @@ class Artifact:
             raise UserError(
                 "not-artifact", f"{root} holds no {MANIFEST}", "make one with carve convert"
             )
-        return cls(root, read_json(root / MANIFEST), read_json(root / "report.json"))
+        from carve_runtime.manifest import read_manifest, resolve_inside
+
+        read_manifest(root)  # which refuses what is not one
+        report = resolve_inside(root.resolve(), REPORT)
+        return cls(root, read_json(root / MANIFEST), read_json(report, finite=False))
 
 
 def check_output(path: Path) -> None:
@@ -113,6 +131,39 @@ def staged(path: Path) -> Iterator[Path]:
         raise CarveError("write", f"{path} could not be written: {e}") from e
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def amend(path: Path, texts: Mapping[str, str]) -> None:
+    """Replace or add text files of a finished artifact, with a manifest that stays true.
+
+    A copy that shares the other files takes the artifact's place as a whole, so that nobody meets
+    a file and a manifest that do not belong together.
+
+    Raises:
+        UserError: its manifest lists no files, or the disk is full.
+        CarveError: it cannot be written.
+    """
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest.get("files"), dict):
+        raise UserError("bad-manifest", f"{path / MANIFEST} lists no files")
+    with staged(path) as stage:
+        shutil.copytree(path, stage, symlinks=True, copy_function=_share, dirs_exist_ok=True)
+        for name, text in texts.items():
+            (stage / name).unlink(missing_ok=True)  # the file itself is the old artifact's too
+            (stage / name).write_text(text, encoding="utf-8")
+            manifest["files"][name] = sha256(stage / name)
+        (stage / MANIFEST).unlink()
+        write_json(stage / MANIFEST, manifest)
+        sync(stage)
+
+
+def _share(source: str, target: str) -> str:
+    """A second name for a file, or a copy where the file system knows none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from carve.engine_form import ANY, EngineForm
 from carve.errors import UserError
 from carve.program import Program
 from carve.sites import Block, FFNSite
@@ -59,11 +60,14 @@ def macs_of(site: FFNSite, split: Split) -> int:
     return matrices(site) * d * split.active_size + d * split.num_experts
 
 
-def splits_of(site: FFNSite, num_experts: int | None, top_k: int | None) -> list[Split]:
+def splits_of(
+    site: FFNSite, num_experts: int | None, top_k: int | None, form: EngineForm = ANY
+) -> list[Split]:
     """Every split of a site that kernels take: all widths multiples of `BLOCK`.
 
     Kernels deal the chosen experts to their threads in turn, so ``top_k`` is 4 (2 with fewer than
-    8 experts), and the number of experts even, unless they are given.
+    8 experts), and the number of experts even, unless they are given. ``form`` may ask for a shared
+    expert of whole routed ones, which leaves few sizes: ``top_k`` is 3 to 6 then.
     """
     size = site.dense.intermediate_size
     unit = BLOCK if size % BLOCK == 0 and size >= 8 * BLOCK else max(1, size // 32)
@@ -71,7 +75,11 @@ def splits_of(site: FFNSite, num_experts: int | None, top_k: int | None) -> list
     found = []
     for e in experts:
         k = top_k or (4 if e >= 8 else min(2, e - 1))
-        found += [Split(size - e * m, m, e, k) for m in range(unit, size // e + 1, unit) if k <= e]
+        several = (3, 4, 5, 6) if form.whole_shared and e >= 8 and not top_k else (k,)
+        sizes = range(unit, size // e + 1, unit)
+        found += [Split(size - e * m, m, e, k) for m in sizes for k in several if k <= e]
+    if form.whole_shared:
+        return [s for s in found if s.shared_size and s.shared_size % s.expert_size == 0]
     return found
 
 
@@ -83,6 +91,7 @@ class Request:
     whether routers are among them (a budget) or not (a pinned share of the neurons).
     ``shared_share``: wanted share of the active neurons in the shared expert. ``num_experts`` and
     ``top_k`` are fixed where given. ``limit`` is what is left beside attention without gates.
+    ``form`` is what the asked engines hold.
     """
 
     limit: float
@@ -90,6 +99,7 @@ class Request:
     shared_share: float = 0.55
     num_experts: int | None = None
     top_k: int | None = None
+    form: EngineForm = ANY
 
 
 def cost_of(site: FFNSite, split: Split | None, request: Request, skip: float = 0.0) -> int:
@@ -162,7 +172,7 @@ def choose_split(site: FFNSite, macs: float, request: Request, skip: float = 0.0
     """
     if skip and cost_of(site, None, request, skip) <= macs:
         return None
-    options = splits_of(site, request.num_experts, request.top_k)
+    options = splits_of(site, request.num_experts, request.top_k, request.form)
     fitting = [s for s in options if cost_of(site, s, request, skip) <= macs]
     if not fitting:
         least = min((cost_of(site, s, request, skip) for s in options), default=site.dense.macs)
@@ -185,7 +195,10 @@ def least_budget(program: Program, request: Request | None = None) -> float:
     """The smallest budget that any choice of widths reaches."""
     r = request or Request(0.0)
     least = sum(
-        min((macs_of(s, o) for o in splits_of(s, r.num_experts, r.top_k)), default=s.dense.macs)
+        min(
+            (macs_of(s, o) for o in splits_of(s, r.num_experts, r.top_k, r.form)),
+            default=s.dense.macs,
+        )
         for s in program.sites
     )
     return (program.attention_macs + least) / program.dense_macs
@@ -198,6 +211,7 @@ def make_request(
     shared_share: float = 0.55,
     num_experts: int | None = None,
     top_k: int | None = None,
+    form: EngineForm = ANY,
 ) -> Request:
     """What a budget or a pinned share asks of this program.
 
@@ -208,6 +222,7 @@ def make_request(
         shared_share: see `Request`.
         num_experts: see `Request`.
         top_k: see `Request`.
+        form: see `Request`.
 
     Raises:
         UserError: outside (0, 1], or below what any widths reach; the message gives the least.
@@ -221,7 +236,7 @@ def make_request(
     limit = (
         asked * program.dense_macs - program.attention_macs if ffn_active is None else asked * ffn
     )
-    request = Request(limit, ffn_active is None, shared_share, num_experts, top_k)
+    request = Request(limit, ffn_active is None, shared_share, num_experts, top_k, form)
     if ffn_active is None and asked < (least := least_budget(program, request)):
         raise UserError(
             "budget",
@@ -242,6 +257,8 @@ def plan_widths(
         UserError: no widths are that small.
     """
     planned = skips or {}
+    if request.form.plain:
+        return equal_widths(program, request)
     dense = sum(cost_of(s, None, request, planned.get(s.name, 0.0)) for s in program.sites)
     limit = request.limit + (skip_saving(program, planned) if request.count_routers else 0.0)
     share = limit / dense
@@ -255,3 +272,16 @@ def plan_widths(
         splits[s.name] = choose_split(s, asked, request, skip)
         left = asked - cost_of(s, splits[s.name], request, skip)
     return splits
+
+
+def equal_widths(program: Program, request: Request, first: int = 0) -> dict[str, Split | None]:
+    """The same split for every site but the ``first``, which stay dense.
+
+    Raises:
+        UserError: no widths are that small.
+    """
+    dense, rest = program.sites[:first], program.sites[first:]
+    limit = request.limit - sum(cost_of(s, None, request) for s in dense)
+    # All FFNs have one shape (`carve.engine_form.check_source`).
+    split = choose_split(rest[0], limit / len(rest), request)
+    return {**dict.fromkeys((s.name for s in dense), None), **{s.name: split for s in rest}}

@@ -59,7 +59,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: ``tokenizer.json`` is missing or malformed.
     """
-    from tokenizers import Tokenizer
+    from carve_runtime.errors import ArtifactError
+    from carve_runtime.text import load_tokenizer as load
 
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -67,12 +68,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "tokenizer", f"{file} is missing", "save the model's fast tokenizer beside its weights"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:  # tokenizers raises bare Exception
-        raise UserError("tokenizer", f"{file} cannot be read: {e}") from e
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return load(file, 0)[0]
+    except ArtifactError as e:
+        raise UserError("tokenizer", e.message) from e
 
 
 def token_rows(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> Tensor:

@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carve.errors import UserError
+from carve.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
-_MAX_JSON = 64 << 20
 _DECODERS = ("ForCausalLM", "LMHeadModel")
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of bounded size.
-
-    Raises:
-        UserError: not there, too large, not JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise UserError("bad-file", f"{path.name} is larger than {_MAX_JSON >> 20} MB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("not-found", f"{path} is missing") from None
-    except (OSError, ValueError) as e:
-        raise UserError("bad-file", f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise UserError("bad-file", f"{path} holds no JSON object")
-    return value
 
 
 @dataclass(frozen=True)
@@ -63,8 +45,8 @@ class Checkpoint:
         """Check the directory's files and read the headers.
 
         Raises:
-            UserError: no such directory, no config, pickle only, truncated or malformed files, a
-                shard outside the directory.
+            UserError: no such directory, no config, pickle only, truncated or malformed files, one
+                outside the directory, a configuration that the weights cannot be of.
         """
         root = Path(path)
         if not root.is_dir():
@@ -73,6 +55,7 @@ class Checkpoint:
                 f"{root}: no such directory",
                 "give a local Hugging Face directory with config.json and safetensors",
             )
+        _check_folder(root)
         config = read_json(root / "config.json")
         weights = _weight_files(root)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -81,13 +64,16 @@ class Checkpoint:
                 if name in shapes:
                     raise UserError("bad-file", f"{file.name}: tensor {name} is there twice")
                 shapes[name] = shape
+        _check_config(config, shapes)
+        if (root / GENERATION).is_file():
+            _check_ids(GENERATION, read_json(root / GENERATION))
         return cls(root, config, weights, shapes)
 
     @property
     def architecture(self) -> str:
         """The class that the configuration names."""
-        names = self.config.get("architectures") or [""]
-        return str(names[0])
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
 
     @property
     def is_decoder(self) -> bool:
@@ -124,15 +110,16 @@ class Checkpoint:
         import torch
         import transformers
 
-        kind: Any
-        if self.is_decoder:
-            kind = transformers.AutoModelForCausalLM
-        else:
-            kind = getattr(transformers, self.architecture, transformers.AutoModel)
+        auto = transformers.AutoModelForCausalLM if self.is_decoder else transformers.AutoModel
+        kind: Any = auto
+        named = getattr(transformers, self.architecture, None) if self.architecture else None
+        if not self.is_decoder and isinstance(named, type):
+            kind = named if issubclass(named, transformers.PreTrainedModel) else auto
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
+            self._check_size(auto)
             model, info = kind.from_pretrained(
                 self.path,
                 dtype="auto",
@@ -143,6 +130,8 @@ class Checkpoint:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are named below, and refused
             )
+        except UserError:
+            raise
         except Exception as e:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(
@@ -169,6 +158,98 @@ class Checkpoint:
         loaded: nn.Module = model.eval()
         return loaded
 
+    def _check_size(self, auto: Any) -> None:
+        """Build the model without memory, before it is built with some.
+
+        Raises:
+            UserError: it is much larger than what is stored.
+        """
+        import torch
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(
+            self.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            empty = auto.from_config(config, trust_remote_code=False)
+        needed = sum(t.numel() for t in (*empty.parameters(), *empty.buffers()))
+        # Tied weights may count twice, and masks are not stored.
+        if needed > 2 * self.num_parameters + (1 << 26):
+            raise UserError(
+                "config-mismatch",
+                f"{self.path}: the configuration is of {needed} weights, "
+                f"{self.num_parameters} are stored",
+                "check vocab_size, hidden_size and the like in config.json",
+            )
+
+
+def _check_folder(root: Path) -> None:
+    """Check that whatever may be read of a folder is regular and lies in it.
+
+    The Hugging Face cache is known: a snapshot there holds links to the blobs beside it.
+
+    Raises:
+        UserError: a link that leads outside, a pipe or a device.
+    """
+    home = root.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    for entry in (*root.iterdir(), root / "1_Pooling" / "config.json"):
+        if entry.is_dir() or not os.path.lexists(entry):
+            continue
+        try:
+            found = entry.resolve()
+            inside = any(found.is_relative_to(folder) for folder in allowed)
+        except (OSError, RuntimeError):  # a loop of links
+            inside = False
+        if not inside:
+            raise UserError(
+                "bad-file",
+                f"{entry} is a link that leads outside the folder",
+                "copy the folder with its links followed (cp -rL) if you trust it",
+            )
+        if not found.is_file():
+            raise UserError("bad-file", f"{entry} is not a regular file", "remove it")
+
+
+def _check_config(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse what would keep transformers busy for ever, or reading elsewhere.
+
+    Raises:
+        UserError: more layers than tensors, more labels than any tensor has rows, numbers beyond 64
+            bits, or weights in another file.
+    """
+    widest = max((n for shape in shapes.values() for n in shape), default=0)
+    most = {"layer": max(1024, len(shapes)), "num_labels": max(1024, widest), "": 2**63 - 1}
+    values: list[tuple[str, Any]] = list(config.items())
+    while values:
+        key, value = values.pop()
+        if isinstance(value, dict):
+            values += value.items()
+        elif isinstance(value, list):
+            values += [(key, v) for v in value]
+        elif isinstance(value, int):
+            for part, limit in most.items():
+                if part in key and abs(value) > limit:
+                    raise UserError("config-mismatch", f"config.json: {key} is {value}")
+    _check_ids("config.json", config)
+    if "transformers_weights" in config:
+        raise UserError("bad-file", "config.json: transformers_weights is not supported")
+
+
+def _check_ids(name: str, config: dict[str, Any]) -> None:
+    """Refuse token ids that no artifact can hold, before hours of work.
+
+    Raises:
+        UserError: they are not whole numbers from 0.
+    """
+    for key in ("bos_token_id", "eos_token_id"):
+        value = config.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if value is not None and not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError("config-mismatch", f"{name}: {key} is {value!r:.60}")
+
 
 def _weight_files(root: Path) -> tuple[Path, ...]:
     single, index = root / "model.safetensors", root / "model.safetensors.index.json"
@@ -180,9 +261,8 @@ def _weight_files(root: Path) -> tuple[Path, ...]:
             raise UserError("bad-file", f"{index.name} has no weight_map")
         names = sorted({str(v) for v in table.values()})
         for name in names:
-            inside = (root / name).resolve().parent == root.resolve()
-            if Path(name).name != name or not inside:
-                raise UserError("bad-file", f"{index.name} points outside the folder: {name}")
+            if not re.fullmatch(r"[\w.+ -]+", name):
+                raise UserError("bad-file", f"{index.name} points outside the folder: {name!r}")
             if not (root / name).is_file():
                 raise UserError("not-found", f"{root / name} is missing")
         return tuple(root / n for n in names)
@@ -197,14 +277,19 @@ def _weight_files(root: Path) -> tuple[Path, ...]:
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    from carve_runtime.files import FileError, parse_json
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="np") as f:
-            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
+        # The library has checked the header, but takes the last of two tensors of one name.
+        with file.open("rb") as f:
+            parse_json(f.read(int.from_bytes(f.read(8), "little")).rstrip())
+    except (SafetensorError, FileError, OSError) as e:
         raise UserError(
             "bad-file",
             f"{file} is not a whole safetensors file: {e}",
             "download or copy it again",
         ) from e
+    return shapes

@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine(c)
     c.add_argument(
-        "--memory", help="most bytes of weights in memory, for example 300MB (needs onnx-split)"
+        "--memory",
+        help="most bytes of weights in memory, of all shards together, for example 300MB "
+        "(needs onnx-split)",
     )
     c.add_argument(
         "--shards",
@@ -130,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         "--context", type=int, default=50, help="tokens in the cache when decoding starts"
     )
     c.add_argument("--prefill", type=int, default=256)
+    c.add_argument(
+        "--no-record", action="store_true", help="leave the result out of the artifact's report"
+    )
 
     c = command("plan", "where experts would go: seconds, and nothing is converted")
     c.add_argument("path", help="a checkpoint, or an artifact that was converted with --devices")
@@ -139,7 +144,15 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--set", action="append", default=[], metavar="place.KEY=VALUE", dest="settings")
 
     c = command("report", "what each pass of a conversion did")
-    c.add_argument("artifact")
+    c.add_argument("artifact", help="an artifact, or a report.json")
+    c.add_argument(
+        "--html",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write it as one offline page (default: report.html in the artifact; diff.html here)",
+    )
+    c.add_argument("--diff", metavar="OTHER", help="beside another one: what differs from OTHER")
 
     c = command("list", "the passes or the targets")
     c.add_argument("what", choices=("passes", "targets"))
@@ -352,6 +365,10 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
         prefill=args.prefill,
         progress=_progress,
     )
+    if not args.no_record:
+        from carve.report.command import record_speed
+
+        sys.stderr.write(record_speed(args.artifact, result))
     if not args.json:
         from carve.report import bench_table
 
@@ -380,14 +397,15 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    from carve.artifact import Artifact
+    from carve.report.command import compare, show
 
-    report = Artifact.open(args.artifact).report
+    if args.diff is not None:
+        result, text = compare(args.diff, args.artifact, args.html)
+    else:
+        result, text = show(args.artifact, args.html)
     if not args.json:
-        from carve.report import render
-
-        _out(render(report))
-    return report
+        _out(text)
+    return result
 
 
 def _list(args: argparse.Namespace) -> dict[str, Any]:

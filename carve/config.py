@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
+from carve.engine_form import FORMS, EngineForm, check_request, form_of
 from carve.errors import UserError
+from carve.files import parse_toml, read_toml
 
 PASS_NAMES = (
     "place_gates",
@@ -33,7 +36,7 @@ PASS_NAMES = (
     "place",
 )
 EFFORTS = ("none", "layer", "full")
-TARGETS = ("onnx-cpu", "onnx-split")
+TARGETS = tuple(FORMS)
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,13 @@ class ConvertConfig:
         size: most bytes of the model's files, for example ``40MB``; widths are chosen to fit.
         reads: most bytes of weights that a token reads on average, which is what decoding takes its
             time for; widths are chosen to fit.
-        targets: what to emit: ``onnx-cpu``, one file; ``onnx-split``, experts one by one, which
+        targets: what to emit: ``onnx-cpu``, one file; ``onnx-cuda``, one in half precision for GPUs
+            (4, 8 or 16 bits; onnxruntime-gpu runs it); ``onnx-split``, experts one by one, which
             fits devices smaller than the model, or several of them; ``tvm:`` and a processor, for
-            example ``tvm:x86_64``, a library for it and for TVM's runtime alone.
+            example ``tvm:x86_64``, a library that TVM's runtime alone loads; ``hf``, a ``glm4_moe``
+            checkpoint for transformers, vLLM and SGLang; ``hf-granite``, a ``granitemoeshared`` one
+            for llama.cpp. The last two hold less, so the passes fit a plainer form, and their
+            weights are not quantized: the engines do that.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
@@ -59,7 +66,8 @@ class ConvertConfig:
             choose between narrower FFNs and gates, blocks and rates.
         devices: a TOML file of devices, or a preset's name: experts are placed on them.
         exact: keep the dense weights as they are: widths, routers and compensation only, so that
-            every expert on is the dense model; ``effort`` has no say then.
+            every expert on is the dense model; ``effort`` has no say then. Targets that hold no
+            biases go without compensation.
         router: ``ridge`` or ``analytical``.
         shared_share: wanted share of the active neurons that the shared expert holds.
         num_experts: fix the number of routed experts.
@@ -76,8 +84,8 @@ class ConvertConfig:
     budget: float | None = None
     ffn_active: float | None = None
     bits: int | float | str = 4
-    size: str | None = None
-    reads: str | None = None
+    size: int | str | None = None
+    reads: int | str | None = None
     targets: tuple[str, ...] = TARGETS[:1]
     effort: str = "layer"
     skip: float | str = 0.0
@@ -105,10 +113,17 @@ class ConvertConfig:
 
     @property
     def nominal_bits(self) -> int:
-        """The width of weights that nothing else is said of."""
+        """The width of weights that nothing else is said of; engines quantize checkpoints."""
+        if all(FORMS[t].plain for t in self.targets):
+            return 16
         if not self.mixed or self.bits in (4, 8):
             return int(self.bits)
         return 4
+
+    @property
+    def form(self) -> EngineForm:
+        """What the targets hold."""
+        return form_of(self.targets)
 
     @property
     def is_dense(self) -> bool:
@@ -133,9 +148,13 @@ def _check(c: ConvertConfig) -> None:
     for t in c.targets:
         if t not in target_names():
             raise UserError("target", f"unknown target {t!r}{nearest(t, target_names())}")
-    if "onnx-split" in c.targets and (c.is_dense or c.skip):
-        what = "skip gates" if c.skip else "a model without routed FFNs"
-        raise UserError("target", f"onnx-split has no form of {what}", "leave one of them out")
+    if "onnx-split" in c.targets and c.is_dense:
+        raise UserError("target", "onnx-split needs routed FFNs", "lower the budget")
+    if "onnx-cuda" in c.targets and c.mixed:
+        raise UserError(
+            "bits", "experts on CUDA take 4 or 8 bits, all of them the same", "give --bits 4 or 8"
+        )
+    check_request(c)
     if not c.targets:
         raise UserError("target", "no target is given", f"known: {', '.join(TARGETS)}")
     if c.effort not in EFFORTS:
@@ -194,7 +213,7 @@ def _check_bits(c: ConvertConfig) -> None:
                 )
 
 
-def parse_size(text: str, name: str) -> int:
+def parse_size(text: str | int, name: str) -> int:
     """Bytes of ``40MB``, ``1.5 GB``, ``300KiB`` or a plain number.
 
     Raises:
@@ -209,9 +228,9 @@ def parse_size(text: str, name: str) -> int:
         raise UserError("config", e.message, e.hint) from e
 
 
-def nearest(word: str, words: tuple[str, ...] | list[str]) -> str:
+def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
     """``; did you mean 'x'?`` for the nearest of ``words``, or their list."""
-    found = difflib.get_close_matches(word, words, 1)
+    found = difflib.get_close_matches(str(word)[:100], words, 1)
     return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(words)}"
 
 
@@ -226,16 +245,13 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
     """
     general: dict[str, Any] = {}
     passes: dict[str, dict[str, Any]] = {}
+    check_sections(table)
     for section, values in table.items():
-        if not isinstance(values, dict):
-            raise UserError(
-                "recipe", f"{section!r} stands outside a section", "put it under [convert]"
-            )
         if section == "convert":
             for key, value in values.items():
                 if key not in _GENERAL:
                     raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
-                general[key] = tuple(value) if isinstance(value, list) else value
+                general[key] = _typed(key, tuple(value) if isinstance(value, list) else value)
         elif section in PASS_NAMES:
             passes[section] = values
         else:
@@ -244,16 +260,47 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
     return ConvertConfig(**general, passes=passes)
 
 
+def _typed(key: str, value: Any) -> Any:
+    """The value of a general setting, if it is of the setting's type.
+
+    Raises:
+        UserError: it is of another.
+    """
+    want = get_type_hints(ConvertConfig)[key]
+    kinds = set(get_args(want) or (want,))
+    if get_origin(want) is tuple:
+        fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    else:
+        # A whole number will do for a float, but true is no number.
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if not fits:
+        names = " or ".join(sorted(k.__name__ for k in kinds if k not in (Ellipsis, NoneType)))
+        raise UserError("recipe", f"convert.{key} = {value!r:.60} has to be of type {names}")
+    return value
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The table of a TOML recipe.
 
     Raises:
         UserError: it cannot be read as TOML.
     """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError("recipe", f"{path} cannot be read as TOML: {e}") from e
+    table = read_toml(path, "recipe")
+    check_sections(table)
+    return table
+
+
+def check_sections(table: dict[str, Any]) -> None:
+    """Check that a recipe holds sections only.
+
+    Raises:
+        UserError: a key stands outside one.
+    """
+    for section, values in table.items():
+        if not isinstance(values, dict):
+            raise UserError(
+                "recipe", f"{section!r} stands outside a section", "put it under [convert]"
+            )
 
 
 def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
@@ -268,8 +315,8 @@ def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
         if not equals or not dot:
             raise UserError("config", f"--set {setting!r} is not of the form section.key=value")
         try:
-            value = tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
+            value = parse_toml(f"x = {text}")["x"]
+        except ValueError:
             value = text.strip()
         table.setdefault(section, {})[key] = value
 
@@ -299,7 +346,8 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
             if want is float
             else isinstance(value, (want, list) if want is tuple else want)
         )
-        if not fits or (isinstance(value, bool) and want is not bool):
+        real = not isinstance(value, float) or math.isfinite(value)
+        if not fits or not real or (isinstance(value, bool) and want is not bool):
             raise UserError(
                 "recipe", f"{section}.{key} = {value!r} has to be of type {want.__name__}"
             )

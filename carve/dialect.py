@@ -172,6 +172,45 @@ def routed_ffn(
     compensation is carve's own.
     """
     flat = x.reshape(-1, x.shape[-1])
+    logits = router_logits(flat, router, router_bias, router_gate, activation)
+    y = chosen_ffn(
+        flat,
+        select(logits, top_k, dynamic),
+        shared_gate,
+        shared_gate_bias,
+        shared_up,
+        shared_up_bias,
+        shared_down,
+        output_bias,
+        expert_gate,
+        expert_gate_bias,
+        expert_up,
+        expert_up_bias,
+        expert_down,
+        expert_bias,
+        activation,
+    )
+    return y.reshape(x.shape)
+
+
+def chosen_ffn(
+    flat: Tensor,
+    chosen: Tensor,
+    shared_gate: Tensor | None,
+    shared_gate_bias: Tensor | None,
+    shared_up: Tensor | None,
+    shared_up_bias: Tensor | None,
+    shared_down: Tensor | None,
+    output_bias: Tensor | None,
+    expert_gate: Tensor | None,
+    expert_gate_bias: Tensor | None,
+    expert_up: Tensor,
+    expert_up_bias: Tensor | None,
+    expert_down: Tensor,
+    expert_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`routed_ffn` of rows ``flat`` ``[T, d]`` whose experts ``chosen`` ``[T, E]`` are known."""
     if shared_up is not None and shared_down is not None:
         h = hidden(flat, shared_gate, shared_gate_bias, shared_up, shared_up_bias, activation)
         y = linear(h, shared_down, output_bias)
@@ -179,11 +218,8 @@ def routed_ffn(
         y = (
             torch.zeros_like(flat)
             if output_bias is None
-            else output_bias.to(x.dtype).expand_as(flat)
+            else output_bias.to(flat.dtype).expand_as(flat)
         )
-    chosen = select(
-        router_logits(flat, router, router_bias, router_gate, activation), top_k, dynamic
-    )
     for e in range(expert_up.shape[0]):
         rows = chosen[:, e].nonzero().squeeze(1)
         if rows.numel() == 0:
@@ -198,7 +234,7 @@ def routed_ffn(
         )
         out = linear(h, expert_down[e], None if expert_bias is None else expert_bias[e])
         y = y.index_add(0, rows, out)
-    return y.reshape(x.shape)
+    return y
 
 
 _LIB.impl("routed_ffn", routed_ffn, "CompositeExplicitAutograd")

@@ -20,6 +20,7 @@ from carve.grid import Grid
 
 BOUND = 1e-5
 """Relative error of a token's result that the order of summation in fp32 explains."""
+_CPU = "CPUExecutionProvider"
 _QUANTIZED = ("MatMulNBits", "QMoE")
 Arrays = Mapping[str, np.ndarray]
 
@@ -42,7 +43,8 @@ class EmulationMetrics:
 def check_nodes(path: Path, feeds: Arrays) -> EmulationMetrics:
     """Run the model with the inputs and result of every quantized node as results of its own.
 
-    Nodes inside the branches of a gate cannot give results; they run alone on random inputs.
+    Nodes inside the branches of a gate cannot give results, and those of an expert that no token
+    takes give none; they run alone on random inputs.
 
     Args:
         path: the emitted model; a copy of its graph is written beside it for the time of the run.
@@ -78,14 +80,26 @@ def check_nodes(path: Path, feeds: Arrays) -> EmulationMetrics:
     return metrics
 
 
+def cuda_session(path: Path) -> Any:
+    """An onnxruntime session on the first GPU where onnxruntime has one, else on the CPU."""
+    import onnxruntime as ort  # type: ignore[import-untyped]
+
+    found = ort.get_available_providers()
+    return _session(path, [p for p in ("CUDAExecutionProvider", _CPU) if p in found])
+
+
 def cpu_session(path: Path | bytes) -> Any:
     """An onnxruntime session on the CPU, for a file or a serialized model."""
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    return _session(path, [_CPU])
+
+
+def _session(path: Path | bytes, providers: list[str]) -> Any:
+    import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     source = str(path) if isinstance(path, Path) else path
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(source, options, providers=providers)
 
 
 def _moving(node: ir.Node) -> list[ir.Value]:
@@ -106,10 +120,11 @@ def _observed(path: Path, feeds: Arrays) -> Iterator[tuple[ir.Node, dict[str, np
     model.graph.outputs.extend(v for k, v in wanted.items() if k not in given)
     found = {**feeds, **(_results(model, path, feeds) if outer else {})}
     for node in nodes:
+        seen = {}
         if node.graph is model.graph:
-            yield node, {str(v.name): found[str(v.name)] for v in (*_moving(node), *node.outputs)}
-        else:
-            yield node, _alone(node)
+            seen = {str(v.name): found[str(v.name)] for v in (*_moving(node), *node.outputs)}
+        # An expert that no token of these inputs takes has seen nothing.
+        yield node, seen if seen and all(v.size for v in seen.values()) else _alone(node)
 
 
 def _results(model: ir.Model, path: Path, feeds: Arrays) -> dict[str, np.ndarray]:

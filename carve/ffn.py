@@ -13,6 +13,7 @@ from carve import dialect
 from carve.grid import Grid
 
 _NOTES = ("mean_top_k", "grids")
+_ROUTING = ("router", "router_bias", "router_gate", "top_k", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ class RoutedFFN:
     def chosen(self, x: Tensor) -> Tensor:
         """Boolean mask ``[..., E]`` of the experts that ``x`` ``[..., d]`` takes."""
         return dialect.select(self.logits(x), self.top_k, self.dynamic)
+
+    def with_experts(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What ``x`` ``[..., d]`` gives with the experts ``chosen`` ``[T, E]``, by row."""
+        given = {k: v for k, v in self.arguments().items() if k not in _ROUTING}
+        y = dialect.chosen_ffn(x.reshape(-1, x.shape[-1]), chosen, *given.values())
+        return y.reshape(x.shape)
 
     def merged(self) -> DenseFFN:
         """All neurons as one dense FFN, the shared expert's first: what every expert on gives."""

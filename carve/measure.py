@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carve.artifact import Artifact
+from carve.artifact import REPORT, Artifact
 from carve.errors import UserError
+from carve.files import looking_into
 
 if TYPE_CHECKING:
     import carve_runtime
@@ -28,12 +29,13 @@ def source_of(artifact: Artifact, override: str | None) -> Path:
     from carve.checkpoint import Checkpoint
 
     source = artifact.manifest["source"]
-    path = Path(override or source["path"])
+    path = Path(override or str(source.get("path")))
     if not path.is_dir():
         raise UserError(
             "not-found", f"the dense checkpoint {path} is not there", "name it with --dense"
         )
-    if source["sha256"] and Checkpoint.open(path).sha256() != source["sha256"]:
+    known = source.get("sha256")
+    if known and Checkpoint.open(path).sha256() != known:
         raise UserError("changed", f"{path} is not the checkpoint this artifact was made from")
     return path
 
@@ -66,7 +68,7 @@ def evaluate_artifact(
     model = carve_runtime.load(path, engine=engine)
     source = source_of(artifact, dense)
     program = capture_checkpoint(source)
-    length = min(512, artifact.manifest["model"]["max_length"])
+    length = min(512, model.max_length or 512)
     batches = text_batches(
         program, load_tokenizer(source), read_text(text, "evaluation.txt"), length, tokens
     )
@@ -78,11 +80,12 @@ def evaluate_artifact(
         return torch.from_numpy(model.run(feeds)[0])
 
     result: dict[str, Any] = as_dict(evaluator.compare(forward))
-    result["realised"] = {
-        "ffn_active": artifact.report["ffn_active"],
-        "budget": artifact.report["budget"]["realised"],
-        "skip": artifact.report["skip"]["realised"],
-    }
+    with looking_into(path / REPORT):
+        result["realised"] = {
+            "ffn_active": artifact.report["ffn_active"],
+            "budget": artifact.report["budget"]["realised"],
+            "skip": artifact.report["skip"]["realised"],
+        }
     return result
 
 
@@ -93,6 +96,7 @@ def dense_artifact(
 
     Made ones are kept under ``$XDG_CACHE_HOME/carve`` by the source's hash, width and target.
     """
+    from carve.checkpoint import Checkpoint
     from carve.config import ConvertConfig
     from carve.pipeline import convert
     from carve.version import __version__
@@ -101,7 +105,9 @@ def dense_artifact(
         return Path(override)
     source = source_of(artifact, override)
     bits = artifact.bits
-    key = str(artifact.manifest["source"]["sha256"])[:16]
+    # What is known was compared with the source; it is part of a path here.
+    known = artifact.manifest["source"].get("sha256") or Checkpoint.open(source).sha256()
+    key = str(known)[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carve"
     root.mkdir(parents=True, exist_ok=True)
     kind = "" if target == "onnx-cpu" else "-" + target.replace(":", "-")
@@ -139,7 +145,7 @@ def bench_artifact(
     artifact = Artifact.open(path)
     if artifact.manifest["kind"] != "decoder":
         raise UserError("kind", "bench times decoders", "for an encoder use carve eval")
-    limit = artifact.manifest["model"]["max_length"]
+    limit = int(artifact.manifest["model"]["max_length"])
     if context + tokens > limit or prefill > limit:
         raise UserError(
             "context", f"the model's context is {limit} tokens", "give a smaller --context"

@@ -31,8 +31,10 @@ _MOST_TOKENS = 16_384
 class Watched:
     """What routers saw and did, by carved site in the order of the graph.
 
-    ``chosen`` bool ``[T, E]``; ``scores`` ``[T, E]`` fp32; ``streams`` ``[T, d]`` bf16 or fp32, the
-    stream after the FFN divided by its root mean square, None where the FFN adds to none.
+    ``chosen`` bool ``[T, E]``, of a token that a gate leads round the FFN none; ``scores``
+    ``[T, E]`` fp32; ``streams`` ``[T, d]`` bf16 or fp32, the stream after the FFN divided by its
+    root mean square, None where the FFN adds to none, or not for every token: a runtime has only
+    its experts' sums to make it of.
     """
 
     chosen: list[np.ndarray]
@@ -72,12 +74,18 @@ def watch(program: Program, batches: Sequence[Batch]) -> Watched:
             assert y is not None
             r: RoutedFFN = site.routed  # type: ignore[attr-defined]
             scores = r.logits(batch.counted(at.x))
+            chosen = select(scores, r.top_k, r.dynamic)
             stream = None
-            if at.residual is not None:
+            if site.gate is not None:
+                position = batch.inputs[program.inputs.index("position_ids")]
+                running = site.gate.running(at.x, position)
+                chosen &= batch.counted(running[..., None])
+                y = site.gate(y, at.x, position)
+            elif at.residual is not None:
                 h = batch.counted(at.residual).float() + batch.counted(y).float()
                 h = h / (h.square().mean(1, keepdim=True) + 1e-6).sqrt()
                 stream = h.to(dtype)
-            found[site.name].append((scores, select(scores, r.top_k, r.dynamic), stream))
+            found[site.name].append((scores, chosen, stream))
             return y
 
         with torch.no_grad(), as_emitted(program):

@@ -13,12 +13,26 @@ from torch import Tensor
 
 from carve.arithmetic import Precision
 from carve.dialect import LinearRule, linear_rule
-from carve.emulation import cpu_session
+from carve.emulation import cpu_session, cuda_session
 from carve.errors import CarveError
 from carve.program import Program
 from carve.sites import FFNSite
 
 Run = Callable[[Path, Program, Sequence[tuple[Tensor, ...]]], list[list[Any]]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a target computes: what its parity with the program is measured by.
+
+    ``run`` gives the model's results; ``int8``: kernels round activations to int8; ``step``: half a
+    unit in the last place of its activations, relative; ``bound`` of the median error at 16 bits.
+    """
+
+    run: Run
+    int8: bool = True
+    step: float = 3e-7
+    bound: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,25 @@ def run_onnx(
     return [session.run(None, feeds_of(program, p, names)) for p in prompts]
 
 
+def run_half(
+    path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
+) -> list[list[Any]]:
+    """All results of a model in half precision for each prompt, on CUDA where there is any.
+
+    onnxruntime's CPU kernels give the same up to rounding.
+    """
+    session = cuda_session(path)
+    types = {i.name: i.type for i in session.get_inputs()}
+    found = []
+    for p in prompts:
+        feeds = feeds_of(program, p, list(types))
+        half = {n: types[n] == "tensor(float16)" for n in feeds}
+        found.append(
+            session.run(None, {n: v.astype(np.float16) if half[n] else v for n, v in feeds.items()})
+        )
+    return found
+
+
 def run_split(
     path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
 ) -> list[list[Any]]:
@@ -76,7 +109,9 @@ def run_split(
         engine.close()
 
 
-def run_tvm(path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]) -> list[list[Any]]:
+def run_tvm(
+    path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
+) -> list[list[Any]]:
     """All results of a model that TVM compiled, whose index ``path`` is, for each prompt."""
     from carve_runtime.tvm_engine import TvmEngine
     from carve_runtime.tvm_index import read_tvm_index
@@ -102,14 +137,38 @@ def routings(program: Program, inputs: Sequence[Tensor]) -> list[bytes]:
     return [row.tobytes() for row in every]
 
 
+def exercised(program: Program, prompts: Sequence[tuple[Tensor, ...]]) -> int:
+    """How many routings the prompts take, 0 where nothing is routed.
+
+    Raises:
+        CarveError: one only, or none but those of the example input.
+    """
+    chosen = {r for p in prompts for r in routings(program, p)}
+    if chosen and (len(chosen) < 2 or chosen <= set(routings(program, program.example))):
+        raise CarveError(
+            "parity", "the parity prompts all take the example's routing", "give other text"
+        )
+    return len(chosen)
+
+
 def _relative(have: Tensor, want: Tensor) -> Tensor:
     error: Tensor = (have - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-20)
     return error
 
 
-def _jittered(precision: Precision) -> LinearRule:
+def _jittered(precision: Precision, engine: Engine) -> LinearRule:
     generator = torch.Generator().manual_seed(0)
-    return precision.rule(lambda x: x * (1 + 3e-7 * torch.randn(x.shape, generator=generator)))
+
+    def disturb(x: Tensor) -> Tensor:
+        return x * (1 + engine.step * torch.randn(x.shape, generator=generator))
+
+    return precision.rule(disturb, int8=engine.int8)
+
+
+CPU = Engine(run_onnx)
+SPLIT = Engine(run_split)
+TVM = Engine(run_tvm)
+CUDA = Engine(run_half, int8=False, step=2.5e-4, bound=5e-3)
 
 
 def check_parity(
@@ -117,27 +176,26 @@ def check_parity(
     path: Path,
     prompts: Sequence[tuple[Tensor, ...]],
     bits: int,
-    run: Run = run_onnx,
+    engine: Engine = CPU,
 ) -> ParityMetrics:
     """Compare the emitted model with the program in the target's arithmetic.
 
     Args:
         program: what was emitted.
-        path: the ONNX model.
+        path: the ONNX model, or the index of another form.
         prompts: program inputs; their routings have to differ from one another and from the
             example input's, else the check would not see a baked routing.
         bits: width that was emitted; the program runs in the kernels' own arithmetic at it.
-        run: gives the model's results: `run_onnx`, `run_split` or `run_tvm`.
+        engine: `CPU`, `SPLIT`, `TVM` or `CUDA`.
 
     Raises:
         CarveError: the results differ, or the prompts do not exercise the router.
     """
-    got = run(path, program, prompts)
+    got = engine.run(path, program, prompts)
     errors, floors, agree = [], [], []
     precision = Precision(program, bits)
-    with linear_rule(precision.rule()):
-        chosen = {r for p in prompts for r in routings(program, p)}
-        example = set(routings(program, program.example))
+    with linear_rule(precision.rule(int8=engine.int8)):
+        chosen = exercised(program, prompts)
         wants = [program.run(*inputs)[0] for inputs in prompts]
     for inputs, result, whole in zip(prompts, got, wants, strict=True):
         have = torch.from_numpy(result[0])
@@ -148,7 +206,7 @@ def check_parity(
         errors.append(_relative(have, want))
         agree.append(have.argmax(1) == want.argmax(1))
         if bits < 16:
-            with linear_rule(_jittered(precision)):
+            with linear_rule(_jittered(precision, engine)):
                 again = program.run(*inputs)[0].reshape(want.shape)
             floors.append(_relative(again, want))
     error = torch.cat(errors)
@@ -160,14 +218,10 @@ def check_parity(
         float((error <= max(0.1, 3 * float(floor.quantile(0.9)))).float().mean()),
         float(torch.cat(agree).float().mean()),
         len(error),
-        len(chosen),
+        chosen,
     )
-    if chosen and (len(chosen) < 2 or chosen <= example):
-        raise CarveError(
-            "parity", "the parity prompts all take the example's routing", "give other text"
-        )
     # Quantized activations turn a rounding tie into a step, so the bound follows the width.
-    bound = 1e-4 if bits >= 16 else max(2e-2, 3 * metrics.rounding_floor)
+    bound = engine.bound if bits >= 16 else max(2e-2, 3 * metrics.rounding_floor)
     # A NaN fails both comparisons.
     if not (metrics.median_error <= bound and metrics.within >= 0.9):
         raise CarveError(

@@ -108,6 +108,7 @@ class PassResult:
     peak_rss_mb: float
     metrics: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, float] | None = None
+    state: dict[str, Any] | None = None
 
 
 class ContractError(CarveError):
@@ -203,6 +204,8 @@ class PassManager:
         passes: the pipeline.
         verify: after each pass, check the graph and that every expert on equals dense.
         measure: quality after each pass, or None.
+        before: called with each pass before it runs, or None.
+        diagnose: what the program costs and where it errs after each pass, or None.
     """
 
     def __init__(
@@ -211,8 +214,11 @@ class PassManager:
         *,
         verify: bool = True,
         measure: Callable[[Program], dict[str, float]] | None = None,
+        before: Callable[[Pass[Any], Program], None] | None = None,
+        diagnose: Callable[[Program], dict[str, Any]] | None = None,
     ) -> None:
-        self.passes, self.verify, self.measure = passes, verify, measure
+        self.passes, self.verify = passes, verify
+        self.measure, self.before, self.diagnose = measure, before, diagnose
 
     def __call__(self, program: Program, context: Context) -> list[PassResult]:
         """Run all passes.
@@ -224,6 +230,8 @@ class PassManager:
         for p in self.passes:
             p.foresee(program, context)
         for p in self.passes:
+            if self.before is not None:
+                self.before(p, program)
             began = time.monotonic()
             try:
                 p.requires(program, context)
@@ -245,6 +253,8 @@ class PassManager:
             )
             if self.measure is not None:
                 record.quality = self.measure(program)
+            if self.diagnose is not None:
+                record.state = self.diagnose(program)
             log.info("%s: %.1f s", p.name, seconds)
             done.append(record)
         return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from carve import artifact as art
 from carve.artifact import Artifact
 from carve.config import ConvertConfig, build, parse_size, to_toml
+from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
 from carve.targets import check_targets
 from carve.version import __version__
@@ -38,8 +40,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
     def make(cls: type[Any], settings: type[Any], **more: Any) -> Any:
         return cls(build(settings, cls.name, {**more, **config.passes.get(cls.name, {})}))
 
+    plain = config.form.plain
     router = (
-        make(p.RouteRidge, p.RouteRidgeConfig)
+        make(p.RouteRidge, p.RouteRidgeConfig, **({"dynamic": False} if plain else {}))
         if config.router == "ridge"
         else make(p.RouteAnalytical, p.RouteAnalyticalConfig)
     )
@@ -51,9 +54,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         make(p.Carve, p.CarveConfig),
         router,
     ]
-    if config.exact:
+    if config.exact and not plain:
         listed.append(make(p.Compensate, p.CompensateConfig))
-    else:
+    if not config.exact:
         listed.append(make(p.Refit, p.RefitConfig))
     if config.effort in ("layer", "full") and not config.exact:
         listed.append(make(p.Distill, p.DistillConfig))
@@ -158,7 +161,11 @@ def _convert_checkpoint(
     from carve.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
-    art.check_disk(out, checkpoint.num_parameters * config.nominal_bits // 8 + (64 << 20))
+    foreign = [t for t in config.targets if t in FOREIGN]
+    stored = sum(f.stat().st_size for f in checkpoint.weights)
+    own = checkpoint.num_parameters * config.nominal_bits // 8
+    needed = len(foreign) * stored + (own if len(foreign) < len(config.targets) else 0)
+    art.check_disk(out, needed + (64 << 20))
     program = capture_checkpoint(checkpoint)
     if program.inputs[0] != "input_ids":
         raise UserError(
@@ -210,21 +217,27 @@ class _Conversion:
         # Where a long pass keeps what it needs to go on; gone once the artifact is in place.
         self.state = out.resolve().parent / f".{out.resolve().name}.state"
         self.began = time.monotonic()
+        # What targets get whose engines quantize by themselves.
+        self.unrounded: Program | None = None
 
     def run(self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None) -> Artifact:
         """Carve, emit, check, and put the artifact in place."""
         from carve.arithmetic import as_emitted
+        from carve.diagnosis import Diagnosis, costs
+        from carve.engine_form import check_source
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
         from carve.realised import realised
         from carve.targets import check_translation, emit_targets
 
         program = self.program
+        check_source(program, self.config.targets)
         check_translation(program, self.config.targets, self.config.nominal_bits)
         parameters = sum(p.numel() for p in program.module.parameters())
         count = default_tokens(self.config, parameters)
         results: list[PassResult] = []
         quality: dict[str, Any] | None = None
+        found: dict[str, Any] = {"dense": costs(program), "layers": {}, "positions": {}}
         if self.passes:
             context = self._context(batches, count.judge)
             evaluator = Evaluator(program, list(self.progress(held, "dense model")))
@@ -234,24 +247,39 @@ class _Conversion:
                 with as_emitted(p):
                     return as_dict(small(p))
 
-            manager = PassManager(self.passes, measure=measure)
+            diagnosis = Diagnosis(program, small)
+            manager = PassManager(
+                self.passes, measure=measure, before=self._keep, diagnose=diagnosis.state
+            )
             results = manager(program, context)
             with as_emitted(program):
                 quality = as_dict(evaluator(program))
                 use = realised(program, held[:4])
+            found |= {"layers": diagnosis.layers(program, use), "positions": use.positions()}
             shares, skips = use.share(), use.skips()
         else:
             shares = {"budget": 1.0, "ffn_active": 1.0, "skip": 0.0}
             skips = {}
         with art.staged(self.out) as stage:
             emitted = emit_targets(
-                program, self.config.targets, stage, self.config.nominal_bits, batches, held
+                program,
+                self.config.targets,
+                stage,
+                self.config.nominal_bits,
+                batches,
+                held,
+                self.unrounded,
             )
-            report = self._report(results, emitted, quality, shares, skips)
+            report = {**self._report(results, emitted, quality, shares, skips), **found}
             self._write(stage, emitted, report, folder)
             art.sync(stage)
         shutil.rmtree(self.state, ignore_errors=True)
         return Artifact.open(self.out)
+
+    def _keep(self, following: Pass[Any], program: Program) -> None:
+        """Remember the program as it is before its weights are rounded, where a target needs it."""
+        if self.config.form.plain and self.unrounded is None and following.name in _WEIGHTS_ONLY:
+            self.unrounded = program.copy()
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
         from carve.budget import make_request, plan_skips, plan_widths
@@ -261,7 +289,7 @@ class _Conversion:
 
         c = self.config
         request = make_request(
-            self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k
+            self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k, c.form
         )
         stream, held_back = hold_back(batches, judged)
         layerwise = limit_batches(stream, LAYER_TOKENS)
@@ -301,7 +329,7 @@ class _Conversion:
             "skip": {"asked": self.config.skip, "realised": shares["skip"], "blocks": skips},
             "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
             "quality": quality,
-            "bits": self.config.bits if not self.config.mixed else _asked_bits(self.config),
+            "bits": self.config.nominal_bits if not self.config.mixed else _asked_bits(self.config),
             "size": self.config.size,
             "reads": self.config.reads,
             "effort": self.config.effort,
@@ -319,24 +347,29 @@ class _Conversion:
     ) -> None:
         from carve.checkpoint import TOKENIZER_FILES
         from carve.emit.genai import genai_config
+        from carve.report.files import report_files
         from carve.targets import ONNX
 
         (stage / "passes").mkdir()
         for i, record in enumerate(report["passes"]):
             name = record["name"].replace(" ", "-").replace(":", "-")
             art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
-        (stage / "recipe.toml").write_text(to_toml(self.config), encoding="utf-8")
+        recipe = to_toml(self.config)
+        (stage / "recipe.toml").write_text(recipe, encoding="utf-8")
+        homes = [stage, *(stage / e.folder for e in emitted.values() if e.shared_cache is None)]
         for name in TOKENIZER_FILES if folder is not None else ():
             if (folder / name).is_file():  # type: ignore[operator]
-                shutil.copyfile(folder / name, stage / name)  # type: ignore[operator]
-        shared_cache = all(e.shared_cache for e in emitted.values())
+                for home in homes:
+                    shutil.copyfile(folder / name, home / name)  # type: ignore[operator]
+        shared_cache = all(e.shared_cache is not False for e in emitted.values())
         facts = model_facts(self.program, shared_cache, folder)
         if self.program.kind == "decoder" and shared_cache and ONNX in emitted:
             art.write_json(stage / "genai_config.json", genai_config(self.program, facts))
         _write_placement(stage, self.program.notes)
         sizes = {n: _size(stage / e.folder) for n, e in emitted.items()}
-        report["bytes"] = next(iter(sizes.values()))
-        for name, size in sizes.items():
+        own = {n: s for n, s in sizes.items() if n not in FOREIGN}
+        report["bytes"] = next(iter((own or sizes).values()))
+        for name, size in own.items():
             if self.config.size is not None and size > parse_size(self.config.size, "--size"):
                 raise CarveError(
                     "size",
@@ -344,7 +377,6 @@ class _Conversion:
                     f"{self.config.size}",
                     "this is a defect of carve's estimate; ask for a little less and report it",
                 )
-        art.write_json(stage / "report.json", report)
         manifest = {
             "schema": art.SCHEMA,
             "carve": __version__,
@@ -352,9 +384,13 @@ class _Conversion:
             "source": self.source,
             "model": facts,
             "targets": {n: {"model": e.model, "bits": e.bits} for n, e in emitted.items()},
-            "files": art.hashes(stage),
         }
-        art.write_json(stage / art.MANIFEST, manifest)
+        report["recipe"] = tomllib.loads(recipe)
+        placed = self.program.notes.get("placement")
+        pages = report_files(report, manifest, None if placed is None else placed.as_dict())
+        for name, text in pages.items():
+            (stage / name).write_text(text, encoding="utf-8")
+        art.write_json(stage / art.MANIFEST, {**manifest, "files": art.hashes(stage)})
 
 
 def _write_placement(stage: Path, notes: dict[str, Any]) -> None:
@@ -395,12 +431,12 @@ def _limits(config: ConvertConfig) -> dict[str, float]:
 
 
 def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir())
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> dict[str, Any]:
     """What a runtime has to know about the model."""
-    from carve.checkpoint import read_json
+    from carve.files import read_json
 
     c = program.config
     facts: dict[str, Any] = {
@@ -429,9 +465,9 @@ def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> di
         pooling = folder / "1_Pooling" / "config.json"
         cls = pooling.is_file() and bool(read_json(pooling).get("pooling_mode_cls_token"))
         facts["pooling"] = "cls" if cls else "mean"
-        facts["normalize"] = (folder / "modules.json").is_file() and "Normalize" in (
+        facts["normalize"] = (folder / "modules.json").is_file() and b"Normalize" in (
             folder / "modules.json"
-        ).read_text(encoding="utf-8")
+        ).read_bytes()
     return facts
 
 

@@ -55,7 +55,7 @@ def of_artifact(path: Path) -> tuple[Sizes, Trace]:
     """
     from carve_runtime.manifest import read_manifest, resolve_inside
 
-    from carve.checkpoint import read_json
+    from carve.files import read_json
 
     manifest = read_manifest(path)
     if TRACE not in manifest.files or SIZES not in manifest.files:

@@ -7,8 +7,10 @@ the dtype of the checkpoint; `Program.run` executes it with mixed precision (see
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -195,6 +197,29 @@ class Program:
     def empty_cache(self, batch: int) -> list[Tensor]:
         """Cache inputs of length zero for a decoder."""
         return [t.new_zeros((batch, t.shape[1], 0, t.shape[3])) for t in self.example[2:]]
+
+    def copy(self) -> Program:
+        """A copy that passes may rewrite; weights are shared, for none is changed in place."""
+        shared = (*self.module.parameters(), *self.module.buffers())
+        with warnings.catch_warnings():  # torch's own, about how it copies a graph
+            warnings.simplefilter("ignore", FutureWarning)
+            module = copy.deepcopy(self.module, {id(t): t for t in shared})
+        nodes = dict(zip(self.module.graph.nodes, module.graph.nodes, strict=True))
+
+        def own(block: Any, **more: fx.Node) -> Any:
+            gate = None if block.gate_node is None else nodes[block.gate_node]
+            ends = {"input": nodes[block.input], "output": nodes[block.output]}
+            return replace(block, **ends, gate_node=gate, **more)
+
+        return replace(
+            self,
+            module=module,
+            sites=[own(s) for s in self.sites],
+            attention=[own(a, attention=nodes[a.attention]) for a in self.attention],
+            config=dict(self.config),
+            notes=dict(self.notes),
+            grids=dict(self.grids),
+        )
 
     def set_routed(self, site: FFNSite, routed: RoutedFFN) -> None:
         """Put ``routed`` in place of the site's FFN, or in place of its former routed weights."""

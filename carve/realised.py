@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from carve.calibration import Batch
 from carve.executor import Pauses
 from carve.program import Program
+from carve.routing_stats import RouterStats
 from carve.sites import AtSite, Block, FFNSite
 
 
@@ -23,6 +25,8 @@ class Use:
         self.runs = {b.name: 0.0 for b in program.blocks}
         self.late = dict(self.runs)
         self.seen = dict(self.runs)
+        self.routers = RouterStats(program)
+        self.by_position: dict[str, list[Tensor]] = {b.name: [] for b in program.gated}
 
     def add(self, batch: Batch) -> None:
         """Run a batch and count."""
@@ -43,10 +47,12 @@ class Use:
         running = torch.ones(len(x), dtype=torch.bool)
         if block.gate is not None:
             position = batch.inputs[self.program.inputs.index("position_ids")]
-            late = batch.counted(position[..., None]).squeeze(1) >= block.gate.always
-            running = (block.gate.scores(x) > 0) | ~late
+            place = batch.counted(position[..., None]).squeeze(1)
+            late = place >= block.gate.always
+            running = block.gate.running(x, place)
             self.late[block.name] += int(late.sum())
             self.macs[block.name] += block.gate.macs * len(x)
+            self.by_position[block.name].append(torch.stack((place, (~running).long())))
             y = block.gate(y, at.x, position)
         self.seen[block.name] += len(x)
         self.runs[block.name] += int(running.sum())
@@ -61,7 +67,7 @@ class Use:
         if r is None:
             neurons, router = float(block.dense.intermediate_size * len(x)), 0
         else:
-            chosen = float(r.chosen(x).sum()) if len(x) else 0.0
+            chosen = float(self.routers.add(block, x).sum()) if len(x) else 0.0
             neurons = r.shared_size * len(x) + chosen * r.expert_size
             router = r.router_macs * len(x)
         self.neurons[block.name] += neurons
@@ -95,6 +101,41 @@ class Use:
             b.name: (self.seen[b.name] - self.runs[b.name]) / max(1.0, self.late[b.name])
             for b in self.program.gated
         }
+
+    def of(self, site: FFNSite) -> dict[str, Any]:
+        """What tokens use of one FFN, for JSON.
+
+        ``macs`` a token, ``active`` share of its neurons; of a routed one, its widths and what
+        `RouterStats.of` gives.
+        """
+        seen = max(1.0, self.seen[site.name])
+        found: dict[str, Any] = {
+            "macs": self.macs[site.name] / seen,
+            "active": self.neurons[site.name] / seen / site.dense.intermediate_size,
+        }
+        if (r := site.routed) is not None:
+            widths = ("shared_size", "expert_size", "num_experts")
+            found |= {name: getattr(r, name) for name in widths}
+            found |= self.routers.of(site.name)
+        return found
+
+    def positions(self, spans: int = 32) -> dict[str, Any]:
+        """What gates skip by position: ``width`` of a span in tokens, and shares by ``blocks``.
+
+        A span that no token of the text reached is None.
+        """
+        gated = {n: torch.cat(parts, 1) for n, parts in self.by_position.items() if parts}
+        if not gated:
+            return {}
+        length = max(int(p[0].max()) for p in gated.values()) + 1
+        width = -(-length // spans)
+        count = -(-length // width)
+        blocks = {}
+        for name, (place, skipped) in gated.items():
+            seen = torch.bincount(place // width, minlength=count)
+            total = torch.bincount(place // width, skipped.double(), minlength=count)
+            blocks[name] = [float(t / n) if n else None for t, n in zip(total, seen, strict=True)]
+        return {"width": width, "blocks": blocks}
 
 
 def realised(program: Program, batches: Sequence[Batch]) -> Use:

@@ -65,6 +65,10 @@ class Gate:
         """``[...]`` scores of ``x`` ``[..., d]``; a token runs where its score is positive."""
         return dialect.gate_scores(x, self.weight, self.bias)
 
+    def running(self, x: Tensor, position: Tensor) -> Tensor:
+        """Which tokens run, bool ``[...]``."""
+        return (self.scores(x) > 0) | (position < self.always)
+
     def bridge(self, x: Tensor) -> Tensor:
         """What a skipped token gets in place of the block's result, ``[..., d_out]``."""
         a = self.arguments()

@@ -25,18 +25,21 @@ def weights_of_size(stream: Tensor) -> Tensor:
     return w / w.mean()
 
 
-def ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression with intercept: weight ``[E, d]`` and bias ``[E]``, fp32.
+def ridge(
+    x: Tensor, y: Tensor, strength: float, *, intercept: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Ridge regression: weight ``[E, d]`` and bias ``[E]``, fp32.
 
-    ``W = (X'X + s I)^-1 X'Y`` on centred ``X`` ``[T, d]`` and ``Y`` ``[T, E]``, ``s`` =
-    ``strength`` times the mean diagonal of ``X'X``; the solve is in fp64.
+    ``W = (X'X + s I)^-1 X'Y`` on ``X`` ``[T, d]`` and ``Y`` ``[T, E]``, ``s`` = ``strength`` times
+    the mean diagonal of ``X'X``; the solve is in fp64. With an ``intercept`` both are centred, else
+    the bias is zero.
     """
-    mx, my = x.mean(0), y.mean(0)
+    mx, my = (x.mean(0), y.mean(0)) if intercept else (x.new_zeros(()), y.new_zeros(y.shape[1]))
     xc = x - mx
     gram = (xc.T @ xc).double()
     gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-30))
     w = torch.linalg.solve(gram, (xc.T @ (y - my)).double()).T.float()
-    return w.contiguous(), my - w @ mx
+    return w.contiguous(), my - w @ mx if intercept else my
 
 
 def expert_energy(
@@ -157,6 +160,7 @@ def refit_down(
     weight: Tensor,
     strengths: Sequence[float],
     *,
+    biases: bool = True,
     chunk: int = 4096,
 ) -> Fit:
     """The down-projections and biases that fit ``target`` best, given the hidden activations.
@@ -164,19 +168,23 @@ def refit_down(
     With ``phi_t = [h_s, h_e m_e, m, 1]`` (``h`` the hidden activations of shared and routed
     neurons, ``m`` the mask of chosen experts) the FFN is ``phi W``; the fit is `pulled_ridge` with
     ``G = sum w phi phi'`` and ``R = sum w phi y'``, towards the present weights. Mean compensation
-    is the part of it that moves the biases alone. Every fifth token judges the strength.
+    is the part of it that moves the biases alone. Every fifth token judges the strength. Without
+    ``biases`` it is ``phi_t = [h_s, h_e m_e]``, for engines that hold none.
 
     Shapes: ``x`` ``[T, d]``, ``target`` ``[T, d_out]``, ``weight`` ``[T]``.
     """
     merged = routed.merged()
     parts = [torch.arange(i, len(x), 5) for i in range(5)]
     start = down_matrix(routed)
+    size = len(start) if biases else routed.intermediate_size
+    start = start[:size]
     gram, right = [], []
     for index in (torch.cat(parts[:-1]), parts[-1]):
         g = x.new_zeros((len(start),) * 2)
         r = x.new_zeros(start.shape)
         for rows in torch.split(index, chunk):
             phi = down_features(merged.hidden(x[rows]).float(), routed.chosen(x[rows]), routed)
+            phi = phi[:, :size]
             scaled = phi * weight[rows, None]
             g += scaled.T @ phi
             r += scaled.T @ target[rows]
@@ -219,10 +227,13 @@ def down_matrix(routed: RoutedFFN) -> Tensor:
 
 
 def with_down_matrix(routed: RoutedFFN, matrix: Tensor) -> RoutedFFN:
-    """The FFN with the down-projections and biases of a `down_matrix`."""
+    """The FFN with the down-projections and biases of a `down_matrix`, or of its first rows alone.
+
+    Without the rows of biases the FFN has none.
+    """
     shared, experts = routed.shared_size, routed.num_experts
     size = shared + experts * routed.expert_size
-    down = matrix[:size].T
+    down, biases = matrix[:size].T, matrix[size:]
     return replace(
         routed,
         shared_down=None
@@ -233,6 +244,6 @@ def with_down_matrix(routed: RoutedFFN, matrix: Tensor) -> RoutedFFN:
         .transpose(0, 1)
         .to(routed.expert_down.dtype)
         .contiguous(),
-        expert_bias=matrix[size:-1].contiguous(),
-        output_bias=matrix[-1].contiguous(),
+        expert_bias=biases[:-1].contiguous() if len(biases) else None,
+        output_bias=biases[-1].contiguous() if len(biases) else None,
     )

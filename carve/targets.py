@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from carve.engine_form import FOREIGN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from carve.program import Program
 
 log = logging.getLogger(__name__)
-ONNX, SPLIT = "onnx-cpu", "onnx-split"
+ONNX, CUDA, SPLIT = "onnx-cpu", "onnx-cuda", "onnx-split"
 
 
 def check_targets(names: Sequence[str]) -> None:
@@ -48,12 +50,15 @@ def check_translation(program: Program, names: Sequence[str], bits: int) -> None
 
 @dataclass(frozen=True)
 class Emission:
-    """A target's ``folder``, the ``model`` as the manifest names it, and the report's record."""
+    """A target's ``folder``, the ``model`` as the manifest names it, and the report's record.
+
+    ``shared_cache`` is None where the target is not run by carve's runtime.
+    """
 
     folder: str
     model: str
     bits: int
-    shared_cache: bool
+    shared_cache: bool | None
     record: dict[str, Any]
 
 
@@ -64,6 +69,7 @@ def emit_targets(
     bits: int,
     calibration: Sequence[Batch],
     held: Sequence[Batch],
+    unrounded: Program | None = None,
 ) -> dict[str, Emission]:
     """Write every target below ``stage``.
 
@@ -74,6 +80,7 @@ def emit_targets(
         bits: width of weights that nothing else is said of.
         calibration: what experts' heat and predictors are taken from.
         held: prompts for parity, and text to measure locality on.
+        unrounded: the program before quantization, for targets that are written without.
 
     Raises:
         UserError: a target cannot hold the program.
@@ -85,10 +92,18 @@ def emit_targets(
     found = {}
     for name in dict.fromkeys(names):
         began = time.monotonic()
-        if name == ONNX:
+        width = bits
+        if name in FOREIGN:
+            folder, model, shared, metrics = _checkpoint(
+                unrounded or program, name, stage, prompts, program.notes
+            )
+            width = 32 if "float32" in metrics["dtype"] else 16
+        elif name == ONNX:
             folder, model, shared, metrics = _onnx(program, stage, bits, prompts)
         elif name.startswith("tvm:"):
             folder, model, shared, metrics = _tvm(program, stage, bits, prompts, name)
+        elif name == CUDA:
+            folder, model, shared, metrics = _cuda(program, stage, bits, prompts)
         else:
             folder, model, shared, metrics = _split(
                 program, stage, bits, prompts, calibration, held
@@ -100,8 +115,38 @@ def emit_targets(
             "metrics": metrics,
             "quality": None,
         }
-        found[name] = Emission(folder, f"{folder}/{model}", bits, shared, record)
+        found[name] = Emission(folder, f"{folder}/{model}", width, shared, record)
     return found
+
+
+def _checkpoint(
+    program: Program,
+    target: str,
+    stage: Path,
+    prompts: Sequence[tuple[Tensor, ...]],
+    notes: Mapping[str, Any],
+) -> tuple[str, str, None, dict[str, Any]]:
+    from carve.emit.handover import hand_over, write_handover
+    from carve.emit.hf import emit_checkpoint, routed_in_order, stored_dtype
+    from carve.hf_parity import check_checkpoint
+
+    (stage / target).mkdir()
+    handed = None
+    if "placement" in notes:
+        handed = hand_over(notes["placement"], notes["trace"].loads())
+        (stage / target / "handover").mkdir()
+    routed = routed_in_order(program, handed.orders if handed else None)
+    if handed:
+        experts = next(iter(routed.values())).num_experts
+        write_handover(handed, stage / target / "handover", len(program.sites), experts)
+    emit_checkpoint(program, stage / target, target, routed)
+    parity = check_checkpoint(program, stage / target, target, routed, prompts)
+    metrics = {
+        "parity": asdict(parity),
+        "dtype": str(stored_dtype(program)),
+        "placement_baked": handed.baked if handed else None,
+    }
+    return target, "config.json", None, metrics
 
 
 def _onnx(
@@ -124,20 +169,33 @@ def _onnx(
 def _tvm(
     program: Program, stage: Path, bits: int, prompts: Sequence[tuple[Tensor, ...]], name: str
 ) -> tuple[str, str, bool, dict[str, Any]]:
+    from carve import parity
     from carve.emit.tvm.cpu import HOST, Cpu
     from carve.emit.tvm.emit import emit_tvm
     from carve.emit.tvm.names import folder_of, processor
-    from carve.parity import check_parity, run_tvm
 
     cpu, folder = processor(name), folder_of(name)
     (stage / folder).mkdir(parents=True)
     emitted = emit_tvm(program, stage / folder, bits, name, cpu)
     metrics: dict[str, Any] = {"cpu": cpu.name, "parity": None}
     if cpu.runs_on(Cpu.named(HOST)):
-        metrics["parity"] = asdict(check_parity(program, emitted.path, prompts, bits, run_tvm))
+        found = parity.check_parity(program, emitted.path, prompts, bits, parity.TVM)
+        metrics["parity"] = asdict(found)
     else:
         log.warning("%s does not run on this machine: its results are not compared", name)
     return folder, emitted.path.name, True, metrics
+
+
+def _cuda(
+    program: Program, stage: Path, bits: int, prompts: Sequence[tuple[Tensor, ...]]
+) -> tuple[str, str, bool, dict[str, Any]]:
+    from carve import parity
+    from carve.emit.onnx import emit
+
+    (stage / "cuda").mkdir()
+    emitted = emit(program, stage / "cuda" / "model.onnx", bits, half=True)
+    found = parity.check_parity(program, emitted.path, prompts, bits, parity.CUDA)
+    return "cuda", emitted.path.name, emitted.shared_cache, {"parity": asdict(found)}
 
 
 def _split(
@@ -148,19 +206,18 @@ def _split(
     calibration: Sequence[Batch],
     held: Sequence[Batch],
 ) -> tuple[str, str, bool, dict[str, Any]]:
-    from carve import offload
+    from carve import offload, parity
     from carve.emit.split import emit_split
-    from carve.parity import check_parity, run_split
 
     (stage / "split").mkdir()
     seen = offload.watch(program, calibration)
     predictors = offload.fit_predictors(program, seen)
     emitted = emit_split(program, stage / "split", bits, offload.hotness(seen), predictors)
-    parity = check_parity(program, emitted.path, prompts, bits, run_split)
+    found = parity.check_parity(program, emitted.path, prompts, bits, parity.SPLIT)
     measured = offload.measure_locality(
         program, offload.watch(program, held), predictors, emitted.sizes
     )
-    metrics = {"parity": asdict(parity), "locality": asdict(measured)}
+    metrics = {"parity": asdict(found), "locality": asdict(measured)}
     return "split", emitted.path.name, emitted.shared_cache, metrics
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,16 @@ class TrainingState:
             facts = self._facts()
             if facts.get("key") != self.key:
                 return 0
-            step, past = int(facts["step"]), [float(v) for v in json.loads(facts["losses"])]
-            tensors = load_file(self.file)
-            weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model:")}
-            moments: dict[int, dict[str, Tensor]] = {}
-            for k, v in tensors.items():
-                if k.startswith("adam:"):
-                    _, index, name = k.split(":")
-                    moments.setdefault(int(index), {})[name] = v
-            model.load_state_dict(weights)
+            step, past = _history(facts)
+            weights, moments = _sorted(load_file(self.file))
             whole: dict[str, Any] = optimizer.state_dict()
-            optimizer.load_state_dict({**whole, "state": moments})
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as e:
+            _check_fits(model, optimizer, weights, moments)
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as e:
             log.warning("%s cannot be used and is left out: %s", self.file, e)
             return 0
+        # Nothing fails from here: half a state would be a run of its own.
+        model.load_state_dict(weights)
+        optimizer.load_state_dict({**whole, "state": moments})
         losses[:] = past
         log.info("going on from step %d of %s", step, self.file)
         return step
@@ -73,3 +70,47 @@ class TrainingState:
 
         with safe_open(self.file, framework="pt") as f:
             return dict(f.metadata() or {})
+
+
+def _history(facts: dict[str, str]) -> tuple[int, list[float]]:
+    step, losses = int(facts["step"]), [float(v) for v in json.loads(facts["losses"])]
+    if step < 0 or not all(map(math.isfinite, losses)):
+        raise ValueError("step or losses are out of range")
+    return step, losses
+
+
+def _sorted(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Weights by name, and Adam's moments by parameter and name."""
+    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model:")}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for k, v in tensors.items():
+        if k.startswith("adam:"):
+            _, index, name = k.split(":")
+            moments.setdefault(int(index), {})[name] = v
+    return weights, moments
+
+
+def _check_fits(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    moments: dict[int, dict[str, Tensor]],
+) -> None:
+    """Check names, shapes, dtypes and values before any of them is taken over.
+
+    Raises:
+        ValueError: they are not this model's and its optimizer's.
+    """
+    want = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+    have = {k: (v.shape, v.dtype) for k, v in weights.items()}
+    if have != want:
+        raise ValueError("its weights are another model's")
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, of in moments.items():
+        shapes = {k: v.shape for k, v in of.items()}
+        p = trained[index] if 0 <= index < len(trained) else torch.empty(0)
+        if shapes != {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+            raise ValueError(f"the moments of parameter {index} do not fit")
+    tensors = [*weights.values(), *(v for of in moments.values() for v in of.values())]
+    if not all(bool(torch.isfinite(v).all()) for v in tensors):
+        raise ValueError("it holds NaN or infinity")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carve.dialect import ACTIVATIONS, select
+from carve.engine_form import ANY, EngineForm
 from carve.ffn import RoutedFFN
 
 
@@ -32,11 +33,18 @@ class MaskedFFN(nn.Module):
     gradient of ``a``. Where ``straight_through``, the mask passes the gradient of
     ``sigmoid(logits / temperature)`` (Bengio et al., arXiv 1308.3432); else the router is fixed.
 
-    With ``rank`` the matrices stay and get low-rank corrections. Parameters are fp32; `export`
-    gives them back in the dtype they came in.
+    With ``rank`` the matrices stay and get low-rank corrections. Biases that ``form`` has no place
+    for are none. Parameters are fp32; `export` gives them back in the dtype they came in.
     """
 
-    def __init__(self, source: RoutedFFN, *, straight_through: bool = False, rank: int = 0) -> None:
+    def __init__(
+        self,
+        source: RoutedFFN,
+        *,
+        straight_through: bool = False,
+        rank: int = 0,
+        form: EngineForm = ANY,
+    ) -> None:
         super().__init__()
         if source.router_gate is not None:
             raise ValueError("a masked FFN takes a linear router")
@@ -59,16 +67,14 @@ class MaskedFFN(nn.Module):
                 self.low_rank[f"{name}_into"] = nn.Parameter(into)
                 self.low_rank[f"{name}_out"] = nn.Parameter(torch.zeros(w.shape[0], r))
         experts, out = source.num_experts, merged.down.shape[0]
-        self.output_bias = parameter(
-            torch.zeros(out) if source.output_bias is None else source.output_bias
-        )
-        self.expert_bias = parameter(
-            torch.zeros(experts, out) if source.expert_bias is None else source.expert_bias
-        )
+
+        def bias(t: Tensor | None, wanted: bool, *shape: int) -> nn.Parameter | None:
+            return parameter(torch.zeros(shape) if t is None and wanted else t)
+
+        self.output_bias = bias(source.output_bias, not form.plain, out)
+        self.expert_bias = bias(source.expert_bias, not form.plain, experts, out)
         self.router = parameter(source.router)
-        self.router_bias = parameter(
-            torch.zeros(experts) if source.router_bias is None else source.router_bias
-        )
+        self.router_bias = bias(source.router_bias, not form.unbiased_router, experts)
         self.temperature = 0.1
         self.last_logits: Tensor | None = None
 
@@ -119,8 +125,6 @@ class MaskedFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., d]`` to ``[..., d_out]``."""
         s = self.source
-        assert self.output_bias is not None
-        assert self.expert_bias is not None
         flat = x.reshape(-1, x.shape[-1])
         mask = self.mask(flat)
         act = ACTIVATIONS[s.activation]
@@ -132,7 +136,10 @@ class MaskedFFN(nn.Module):
         experts = h[:, s.shared_size :].unflatten(1, (s.num_experts, s.expert_size))
         routed = (experts * mask[:, :, None].to(h.dtype)).flatten(1)
         y = F.linear(torch.cat((h[:, : s.shared_size], routed), 1), self.weight("down")).float()
-        y = y + self.output_bias + mask @ self.expert_bias
+        if self.output_bias is not None:
+            y = y + self.output_bias
+        if self.expert_bias is not None:
+            y = y + mask @ self.expert_bias
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
@@ -165,7 +172,8 @@ class MaskedFFN(nn.Module):
         down = down[:, size:].unflatten(1, (experts, width)).transpose(0, 1)
         new["expert_down"] = like(down, s.expert_down)
         for name in ("output_bias", "expert_bias", "router", "router_bias"):
-            new[name] = getattr(self, name).detach().clone()
+            if getattr(self, name) is not None:
+                new[name] = getattr(self, name).detach().clone()
         return replace(s, **new)  # type: ignore[arg-type]
 
 

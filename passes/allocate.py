@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carve.allocate import Option, allocate
-from carve.budget import Request, Split, choose_split, cost_of, skip_saving
+from carve.budget import Request, Split, choose_split, cost_of, equal_widths, skip_saving
 from carve.calibration import limit_batches
 from carve.errors import UserError
 from carve.ffn import DenseFFN
@@ -76,7 +76,8 @@ class Allocate(Pass[AllocateConfig]):
     with site ``l`` alone reduced to the probe width ``p``. Where gates are offered, a block that
     skips a share ``s`` of its tokens adds ``S_l(s)``, found in the same way (`SkipCost`), and an
     FFN's loss is ``(1 - s) D_l(w) + S_l(s)``. The choice is an integer programme
-    (`carve.allocate`).
+    (`carve.allocate`). Where an engine holds equal widths only, with the first FFNs dense at most,
+    the number of those is chosen.
 
     Static widths stand for routed ones: routing lowers every site's loss by a similar factor, so
     the order of sites is theirs, while the sum is an upper estimate of the closed forms' loss.
@@ -117,7 +118,8 @@ class Allocate(Pass[AllocateConfig]):
         uniform = sum(narrow(s, context.splits[s.name]) for s in program.sites)
         bound = uniform
         if self.config.policy == "measured":
-            bound = self._choose(program, context, narrow, gates)
+            choose = self._choose_equal if context.request.form.plain else self._choose
+            bound = choose(program, context, narrow, gates)
         return AllocateMetrics(
             {s.name: _share(s, context.splits[s.name]) for s in program.sites},
             dict(context.skips),
@@ -180,6 +182,27 @@ class Allocate(Pass[AllocateConfig]):
             if rate:
                 context.skips[name] = rate
         return found.bound
+
+    def _choose_equal(
+        self,
+        program: Program,
+        context: Context,
+        narrow: Callable[[FFNSite, Split | None], float],
+        gates: Mapping[str, SkipCost],
+    ) -> float:
+        """How many of the first sites stay dense, the others being equal: every choice is tried."""
+        form = context.request.form
+        least, best = float("inf"), context.splits
+        for first in range(1 if form.all_carved else len(program.sites)):
+            try:
+                widths = equal_widths(program, context.request, first)
+            except UserError:  # the others would be narrower than any split
+                break
+            loss = sum(narrow(s, widths[s.name]) for s in program.sites)
+            if loss < least:
+                least, best = loss, widths
+        context.splits.update(best)
+        return least
 
     def _gates(self, program: Program, context: Context) -> dict[str, SkipCost]:
         """By block, what gates cost."""

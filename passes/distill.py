@@ -83,10 +83,18 @@ class Distill(Pass[DistillConfig]):
                 seen = len(lesson.x)
                 routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
                 generator = context.generator(f"distill {site.name}")
+                form = context.request.form
                 new, before[site.name], trained[site.name] = self._train(
-                    routed, lesson, steps, generator
+                    MaskedFFN(routed, form=form), lesson, steps, generator
                 )
-                fit = refit_down(new, lesson.x, lesson.target, lesson.weight, self.config.strengths)
+                fit = refit_down(
+                    new,
+                    lesson.x,
+                    lesson.target,
+                    lesson.weight,
+                    self.config.strengths,
+                    biases=not form.plain,
+                )
                 after[site.name] = fit.after
                 program.set_routed(site, fit.routed)
                 site.tuned = True
@@ -103,7 +111,7 @@ class Distill(Pass[DistillConfig]):
         return int(min(300, max(12, allowed)))
 
     def _train(
-        self, routed: RoutedFFN, lesson: Lesson, steps: int, generator: torch.Generator
+        self, model: MaskedFFN, lesson: Lesson, steps: int, generator: torch.Generator
     ) -> tuple[RoutedFFN, float, float]:
         """The trained FFN and its error on held-out tokens, before and after."""
         x, target, weight = lesson.x, lesson.target, lesson.weight
@@ -114,7 +122,7 @@ class Distill(Pass[DistillConfig]):
         def error(ffn: RoutedFFN) -> float:
             return relative_error(ffn, x[held], target[held], weight[held])
 
-        model = MaskedFFN(routed)
+        routed = model.source
         optimizer = torch.optim.Adam(model.groups(self.config.rate, 0.0), betas=(0.9, 0.95))
         scale = (weight[:, None] * (target - target.mean(0)).square()).mean().clamp_min(1e-30)
         picks = shuffled(len(rows), self.config.batch, steps, generator)

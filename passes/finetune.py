@@ -80,7 +80,10 @@ class Finetune(Pass[FinetuneConfig]):
             nonlocal seen, resumed
             models = {
                 s.name: MaskedFFN(
-                    need_routed(s, self.name), straight_through=True, rank=self.config.rank
+                    need_routed(s, self.name),
+                    straight_through=True,
+                    rank=self.config.rank,
+                    form=context.request.form,
                 )
                 for s in program.carved
             }

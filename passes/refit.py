@@ -61,7 +61,12 @@ class Refit(Pass[RefitConfig]):
                 site = lesson.site
                 routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
                 fit = refit_down(
-                    routed, lesson.x, lesson.target, lesson.weight, self.config.strengths
+                    routed,
+                    lesson.x,
+                    lesson.target,
+                    lesson.weight,
+                    self.config.strengths,
+                    biases=not context.request.form.plain,
                 )
                 program.set_routed(site, fit.routed)
                 site.tuned = True

@@ -62,7 +62,8 @@ class RouteRidge(Pass[RouteRidgeConfig]):
     ``b = mean N - W mean X``; logits ``x W + b`` ``[T, E]`` in fp32.
 
     With ``dynamic`` the bias is then lowered by the score that ``top_k`` experts a token exceed on
-    average, and a token takes the experts of positive score: easy tokens take fewer.
+    average, and a token takes the experts of positive score: easy tokens take fewer. Where an
+    engine's router has no bias, nothing is centred and ``b`` is zero.
     """
 
     name = "route_ridge"
@@ -90,7 +91,11 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         target = energy.pow(self.config.power / 2)
         judge = torch.zeros(len(x), dtype=torch.bool)
         judge[:: max(2, round(1 / self.config.held_out))] = True
-        fitted = [(s, *ridge(x[~judge], target[~judge], s)) for s in self.config.strengths]
+        biased = not context.request.form.unbiased_router
+        fitted = [
+            (s, *ridge(x[~judge], target[~judge], s, intercept=biased))
+            for s in self.config.strengths
+        ]
 
         def captured(w: Tensor, b: Tensor) -> float:
             chosen = (x[judge] @ w.T + b).topk(top_k, 1).indices
@@ -100,13 +105,13 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         strength, w, b = max(fitted, key=lambda f: captured(f[1], f[2]))
         metrics.captured[site.name] = captured(w, b)
         # The judged tokens join the fit once the strength is known.
-        w, b = ridge(x, target, strength)
+        w, b = ridge(x, target, strength, intercept=biased)
         # Scores of size 1, so that a soft mask over them has one temperature everywhere.
         scale = float((x @ w.T).std().clamp_min(1e-12))
         new = replace(
             routed,
             router=w / scale,
-            router_bias=b / scale,
+            router_bias=b / scale if biased else None,
             router_gate=None,
             top_k=top_k,
             dynamic=False,

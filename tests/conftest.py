@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def captured() -> Callable[[str], Captured]:
     """Captured architectures by name; each call gives a copy that the test may rewrite."""
-    from tiny_models import capture, clone
+    from tiny_models import capture
 
     kept: dict[str, Captured] = {}
 
     def get(name: str) -> Captured:
         if name not in kept:
             kept[name] = capture(name)
-        return replace(kept[name], program=clone(kept[name].program))
+        return replace(kept[name], program=kept[name].program.copy())
 
     return get
 

@@ -5,8 +5,7 @@ Imports torch, so that only tests of `carve` may import it, never those of the r
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -183,22 +182,6 @@ def decoder_inputs(
     start = past[0].shape[2] if len(past) else 0
     position = torch.arange(start, start + ids.shape[1])[None].repeat(len(ids), 1)
     return (ids, position, *(past if len(past) else program.empty_cache(len(ids))))
-
-
-def clone(program: Program) -> Program:
-    """A copy that passes may rewrite."""
-    module = copy.deepcopy(program.module)
-    nodes = dict(zip(program.module.graph.nodes, module.graph.nodes, strict=True))
-
-    def own(block: Any, **more: Any) -> Any:
-        gate = None if block.gate_node is None else nodes[block.gate_node]
-        ends = {"input": nodes[block.input], "output": nodes[block.output]}
-        return replace(block, **ends, gate_node=gate, **more)
-
-    sites = [own(s) for s in program.sites]
-    attention = [own(a, attention=nodes[a.attention]) for a in program.attention]
-    own_notes = {"notes": dict(program.notes), "grids": dict(program.grids)}
-    return replace(program, module=module, sites=sites, attention=attention, **own_notes)
 
 
 def random_routed(

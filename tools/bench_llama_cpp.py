@@ -2,11 +2,9 @@
 
 Usage::
 
-    python tools/llama_cpp.py MODEL_DIR --types Q4_0,Q8_0 --tokens 64 --context 0 --threads 2
+    python tools/bench_llama_cpp.py MODEL_DIR --types Q4_0,Q8_0 --tokens 64 --context 0 --threads 2
 
-Needs the ``gguf`` and ``llama-cpp-python`` packages; the latter only to run a model. From another
-tool import it as ``tools.llama_cpp`` with the repository root on the path: the bare name belongs
-to the binding.
+Needs the ``gguf`` and ``llama-cpp-python`` packages; the latter only to run a model.
 """
 
 from __future__ import annotations
@@ -19,7 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,59 +61,92 @@ def write_gguf(model_dir: str | Path, out: str | Path, qtype: str) -> Path:
         raise ValueError(f"{model_dir}: rope scaling is not supported")
     if qtype not in TYPES:
         raise ValueError(f"{qtype}: not one of {', '.join(TYPES)}")
-    kind = gguf.GGMLQuantizationType[qtype]
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-
     writer = gguf.GGUFWriter(out, "llama")
+    add_facts(writer, model_dir, config, qtype)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    tied = config.get("tie_word_embeddings", False)
+    pieces = []
+    for name, file, shape in listing(model_dir):
+        if "rotary_emb.inv_freq" in name or (tied and name == "lm_head.weight"):
+            continue
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise ValueError(f"{name}: has no place in a GGUF Llama")
+        pieces.append(Piece(target, shape, reader(name, file, config), qtype))
+    write_pieces(writer, pieces)
+    return out
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to write: its GGUF ``name``, and ``load`` that gives it in fp32.
+
+    A matrix is stored as ``qtype``, a vector as F32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+    qtype: str
+
+    @property
+    def stored(self) -> gguf.GGMLQuantizationType:
+        """How its elements are stored."""
+        return gguf.GGMLQuantizationType[self.qtype if len(self.shape) > 1 else "F32"]
+
+
+def add_facts(writer: gguf.GGUFWriter, model_dir: Path, config: dict[str, Any], qtype: str) -> None:
+    """Write what every Llama-like architecture says, and the tokenizer."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config.get("rope_parameters") or {}
     writer.add_name(model_dir.name)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_block_count(layers)
+    writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(theta)
+    writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     prefix = "ALL" if qtype == "F32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{qtype}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, model_dir, config)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-    tied = config.get("tie_word_embeddings", False)
-    tensors: list[tuple[str, Path, str]] = []
-    for name, file, shape in _listing(model_dir):
-        if "rotary_emb.inv_freq" in name or (tied and name == "lm_head.weight"):
-            continue
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if target is None:
-            raise ValueError(f"{name}: has no place in a GGUF Llama")
-        stored = kind if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+
+def write_pieces(writer: gguf.GGUFWriter, pieces: Sequence[Piece]) -> None:
+    """Write header and tensors, one tensor in memory at a time, and close the file."""
+    for p in pieces:
         # A quantized row has its size in bytes; GGUFWriter wants the shape in elements.
-        nbytes = int(np.prod(gguf.quant_shape_to_byte_shape(shape, stored)))
-        writer.add_tensor_info(target, shape, np.dtype(np.float32), nbytes, raw_dtype=stored)
-        tensors.append((name, file, stored.name))
+        nbytes = int(np.prod(gguf.quant_shape_to_byte_shape(p.shape, p.stored)))
+        writer.add_tensor_info(p.name, p.shape, np.dtype(np.float32), nbytes, raw_dtype=p.stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, file, stored_name in tensors:
-        with safe_open(file, "pt") as f:
-            tensor = f.get_tensor(name).float()
-        if ".q_proj." in name:
-            tensor = _pairs(tensor, heads)
-        elif ".k_proj." in name:
-            tensor = _pairs(tensor, kv_heads)
-        data = quantize(tensor.numpy(), gguf.GGMLQuantizationType[stored_name])
+    for p in pieces:
+        data = quantize(p.load().contiguous().numpy(), p.stored)
         writer.write_tensor_data(np.ascontiguousarray(data))
     writer.close()
-    return out
+
+
+def reader(name: str, file: Path, config: dict[str, Any]) -> Callable[[], Tensor]:
+    """Reads a tensor in fp32, queries and keys as llama.cpp's rope wants their rows."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+
+    def load() -> Tensor:
+        with safe_open(file, "pt") as f:
+            tensor: Tensor = f.get_tensor(name).float()
+        if ".q_proj." in name:
+            return _pairs(tensor, heads)
+        return _pairs(tensor, kv_heads) if ".k_proj." in name else tensor
+
+    return load
 
 
 def _pairs(tensor: Tensor, heads: int) -> Tensor:
@@ -123,7 +155,7 @@ def _pairs(tensor: Tensor, heads: int) -> Tensor:
     return split.transpose(1, 2).reshape(tensor.shape)
 
 
-def _listing(model_dir: Path) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
+def listing(model_dir: Path) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
     """Name, file and shape of every tensor of the checkpoint."""
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:

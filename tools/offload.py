@@ -6,17 +6,17 @@ Usage::
     python tools/offload.py out
 
 Each figure comes from a process of its own that starts with the files out of the page cache. Shares
-are of the memory that the split model takes when all of it is resident. Ours and LRU run under
-``RLIMIT_DATA``: what the process had before the model, the budget, and ``--slack`` for stacks and
-what is being loaded; whoever takes more is refused memory and the run fails. Files that onnxruntime
-maps come on top: it maps them privately, which the limit counts, though their pages are the page
-cache's. Plain mmap is the one file with its weights mapped and never rearranged
-(``session.disable_prepacking``) under such a limit: the kernel keeps as many of its pages as the
-machine has room for, so that is the most that mmap can do here. The first two rows have no limit.
-"Same" is whether every next token is the split model's (mmap's: the one file's) without a limit;
-what is not rearranged is multiplied in other arithmetic. The tokens are a text's own, fed one by
-one: what a model of random weights would say is one token over and over. Rounds are interleaved;
-figures are medians.
+are of the memory that the split model takes when all of it is resident. All but the first two rows
+run under one limit (`memory_limit`): what the process had before the model, the share, and
+``--slack`` for activations and what is being loaded. In a control group that counts the page cache
+as well, so that every way has the same memory; without one, ours and LRU are refused what is beyond
+``RLIMIT_DATA``, while files that onnxruntime maps come on top and the cache is the machine's: then
+mmap has as much as it likes, and the table says so. Plain mmap is the one file with its weights
+mapped and never rearranged (``session.disable_prepacking``). "Same" is whether every next token is
+the split model's (mmap's: the one file's) without a limit; what is not rearranged is multiplied in
+other arithmetic. "Split, no budget" loads all experts under the limit, which shows that it is one.
+The tokens are a text's own, fed one by one: what a model of random weights would
+say is one token over and over. Rounds are interleaved; figures are medians.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,23 +34,17 @@ from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+from memory_limit import group, limit_data, open_group
+
 _PROMPT = 16
 _TEXT = Path(__file__).resolve().parents[1] / "carve" / "data" / "evaluation.txt"
-OURS, LRU, MMAP = "ours", "lru, no prefetch", "mmap"
+OURS, LRU, MMAP, BLIND = "ours", "lru, no prefetch", "mmap", "split, no budget"
+LIMITED = (OURS, LRU, MMAP, BLIND)
 WHOLE, SPLIT = "one file", "split, all resident"
-
-
-def _data_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this needs Linux's /proc")
 
 
 def child(args: argparse.Namespace) -> None:
     """Load in one way, decode, and print figures as JSON."""
-    import resource
-
     import carve_runtime
     import carve_runtime.engine as engine
 
@@ -67,12 +62,16 @@ def child(args: argparse.Namespace) -> None:
         options |= {"target": "onnx-split", "policy": "lru" if args.child == LRU else args.policy}
         options |= {"memory": args.memory, "prefetch": args.child == OURS}
     else:
-        options["target"] = "onnx-split" if args.child == SPLIT else "onnx-cpu"
+        options["target"] = "onnx-split" if args.child in (SPLIT, BLIND) else "onnx-cpu"
     if args.child not in (WHOLE, SPLIT):
-        mapped_files = args.artifact.glob("onnx/*.data" if args.child == MMAP else "split/*.data")
-        files = sum(p.stat().st_size for p in mapped_files)
-        limit = _data_bytes() + args.memory + args.slack + files
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        if args.group:
+            limited = open_group(args.group)
+            limited.limit(args.memory + args.slack)
+            limited.enter()  # what was touched before stays with the first process
+        else:
+            mapped_files = "onnx/*.data" if args.child == MMAP else "split/*.data"
+            files = sum(p.stat().st_size for p in args.artifact.glob(mapped_files))
+            limit_data(args.memory + args.slack + files)
     with carve_runtime.load(args.artifact, **options) as model:
         assert model.tokenizer is not None
         ids = model.tokenizer.encode(args.text.read_text(encoding="utf-8")[:20_000]).ids
@@ -109,14 +108,15 @@ def _forget(folder: Path) -> None:
 def _measure(args: argparse.Namespace, mode: str, memory: int) -> dict[str, Any] | str:
     _forget(args.artifact)
     command = [sys.executable, __file__, str(args.artifact), "--child", mode]
-    for name in ("tokens", "threads", "policy", "slack", "text"):
+    for name in ("tokens", "threads", "policy", "slack", "text", "group"):
         command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(
         [*command, "--memory", str(memory)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        return last[0][-90:] if last else f"exit {done.returncode}"
+        killed = done.returncode == -signal.SIGKILL
+        return "killed" if killed else last[0][-90:] if last else f"exit {done.returncode}"
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -150,7 +150,8 @@ def main() -> None:
     a.add_argument("--policy", default="lfu")
     a.add_argument("--text", type=Path, default=_TEXT)
     a.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
-    a.add_argument("--slack", type=int, default=48_000_000, help="bytes beside the budget")
+    a.add_argument("--slack", type=int, help="bytes beside the budget (16 MB, without a group 48)")
+    a.add_argument("--group", default="", help=argparse.SUPPRESS)
     a.add_argument("--child", help=argparse.SUPPRESS)
     a.add_argument("--memory", type=int, default=0, help=argparse.SUPPRESS)
     args = a.parse_args()
@@ -158,11 +159,20 @@ def main() -> None:
     if args.child:
         child(args)
         return
+    with group("carve-offload") as limited:
+        args.group = "" if limited is None else str(limited.folder)
+        if args.slack is None:
+            args.slack = 48_000_000 if limited is None else 16_000_000
+        print(f"limit: {args.group or 'RLIMIT_DATA, page cache not counted'}")
+        _rounds(args)
+
+
+def _rounds(args: argparse.Namespace) -> None:
     from carve.report import table
 
     total, trunk = full_size(args.artifact)
     print(f"all resident: {total / 1e6:.1f} MB, {trunk / 1e6:.1f} MB of them the trunk")
-    cases = [(WHOLE, 0.0), (SPLIT, 0.0), *((m, s) for s in args.shares for m in (OURS, LRU, MMAP))]
+    cases = [(WHOLE, 0.0), (SPLIT, 0.0), *((m, s) for s in args.shares for m in LIMITED)]
     found: dict[tuple[str, float], list[dict[str, Any]]] = {c: [] for c in cases}
     failed: dict[tuple[str, float], str] = {}
     for r in range(args.rounds):

@@ -9,9 +9,11 @@ Around each gated block the graph becomes::
         else: y = bridge(x)
 
 so decoding a skipped token runs the bridge alone, and a prompt's work follows the share of its
-tokens that run. Keys and values are computed outside; attention writes them to the cache in both
-branches, in the second by an operator with as few heads as it takes. All weights stay in the outer
-graph, and each of the block's is read by one node, for kernels keep a packed copy a node.
+tokens that run. Where routed experts are apart from the graph (`carve.emit.split`), which cuts it,
+an FFN with experts cannot stand in a branch: it runs on the rows alone, be they none. Keys and
+values are computed outside; attention writes them to the cache in both branches, in the second by
+an operator with as few heads as it takes. All weights stay in the outer graph, and each of the
+block's is read by one node, for kernels keep a packed copy a node.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from carve.emit.builder import Builder
+from carve.emit.builder import Builder, Place
 from carve.emit.graph import given, replace
 from carve.errors import CarveError
 from carve.program import Program
@@ -82,10 +84,13 @@ class GateLowering:
         b: appends nodes and keeps weights.
         program: what is emitted.
         placeholders: the ``Gated`` nodes.
+        apart: routed FFNs stand in no branch.
     """
 
-    def __init__(self, b: Builder, program: Program, placeholders: Sequence[ir.Node]) -> None:
-        self.b, self.graph = b, b.graph
+    def __init__(
+        self, b: Builder, program: Program, placeholders: Sequence[ir.Node], *, apart: bool
+    ) -> None:
+        self.b, self.graph, self.apart = b, b.graph, apart
         blocks = program.blocks
         self.head_width = int(program.example[2].shape[3]) if placeholders else 0
         by_block = {n.attributes["block"].as_int(): n for n in placeholders}
@@ -165,7 +170,21 @@ class GateLowering:
     def close(self, attention: dict[int, ir.Node]) -> None:
         """Move every gated block into its ``If``; ``attention`` are operators by block index."""
         for i, block, node in self.gates:
-            self._close(i, block, node, attention.get(i))
+            if self.apart and isinstance(block, FFNSite) and block.routed is not None:
+                self._join(i, block, node)
+            else:
+                self._close(i, block, node, attention.get(i))
+
+    def _join(self, i: int, block: FFNSite, node: ir.Node) -> None:
+        """Leave an FFN on its rows outside of any branch: nothing is computed where none runs."""
+        rows = self.rows[i].node
+        taken, hit = self._expand(rows, rows)
+        self.graph.remove(rows)
+        alone = self.b.op(node, "And", [self.single, self.conditions[i]])
+        y, x = given(node.inputs[0]), given(node.inputs[1])
+        for value in (v for n in _between([taken], [y]) for v in n.outputs):
+            value.shape = None  # that of all tokens, as it was exported
+        replace(node, [self._put_back(node, y, hit, x, block, _gate(block), alone)])
 
     def _close(self, i: int, block: Block, node: ir.Node, attention: ir.Node | None) -> None:
         b, gate = self.b, _gate(block)
@@ -191,7 +210,7 @@ class GateLowering:
                 self._expand(then, n)
             else:
                 then.append(n)
-        y = self._put_back(then, y, hit, x, block, gate)
+        y = self._put_back(then, y, hit, x, block, gate, self.single)
         owner = _producer(values[0])
         owner.attributes["then_branch"] = ir.AttrGraph(
             "then_branch", _subgraph(then, [y, *results], f"{rows.scope}_run")
@@ -200,7 +219,7 @@ class GateLowering:
             "else_branch", _subgraph(other, skipped, f"{rows.scope}_skip")
         )
 
-    def _expand(self, branch: Branch, n: ir.Node) -> list[Any]:
+    def _expand(self, branch: Place, n: ir.Node) -> list[Any]:
         """The operators that a placeholder on rows stands for; its values."""
         b = self.b
         first = given(n.inputs[0])
@@ -222,34 +241,49 @@ class GateLowering:
             shape = self._shape(some, full, width)
             blank = b.op(some, "ConstantOfShape", [shape])
             taken = self._scatter(some, blank, hit, first, shape, width)
-            values = [self._unless_single(branch, n.name or "rows", first, taken, some, width)]
+            name = n.name or "rows"
+            values = [self._unless(self.single, branch, name, first, taken, some, width)]
         for old, new in zip(n.outputs, values, strict=True):
             ir.convenience.replace_all_uses_with(old, new)
         for place in range(len(n.inputs)):
             n.replace_input_with(place, None)
         return values
 
-    def _take(self, branch: Branch, value: ir.Value, hit: ir.Value, n: ir.Node) -> Any:
+    def _take(self, branch: Place, value: ir.Value, hit: ir.Value, n: ir.Node) -> Any:
         flat = self._flat(branch, value, n.attributes["width"].as_int())
         return self.b.op(branch, "Compress", [flat, hit], axis=0)
 
-    def _unless_single(
-        self, branch: Branch, name: str, rows: Any, taken: Any, some: Branch, width: int
+    def _unless(
+        self,
+        single: Any,
+        branch: Place,
+        name: str,
+        rows: Any,
+        taken: Any,
+        some: Branch,
+        width: int,
     ) -> Any:
-        """``taken`` of the branch ``some``, or ``rows`` as they are where there is one token."""
+        """``taken`` of the branch ``some``, or ``rows`` as they are where one token runs alone."""
         alone: Branch = []
         one = self.b.const(f"carve_single{width}", np.array([1, 1, width]))
         whole = self.b.op(alone, "Reshape", [rows, one])
         return self.b.op(
             branch,
             "If",
-            [self.single],
+            [single],
             then_branch=_subgraph(alone, [whole], f"{name}_one"),
             else_branch=_subgraph(some, [taken], f"{name}_some"),
         )
 
     def _put_back(
-        self, branch: Branch, y: ir.Value, hit: ir.Value, x: ir.Value, block: Block, gate: Gate
+        self,
+        branch: Place,
+        y: ir.Value,
+        hit: ir.Value,
+        x: ir.Value,
+        block: Block,
+        gate: Gate,
+        single: Any,
     ) -> Any:
         """``[B, S, d_out]``: the rows ``y`` ``[R, d_out]`` where tokens ran, else the bridge."""
         width = int(block.output.meta["val"].shape[-1])
@@ -257,7 +291,7 @@ class GateLowering:
         shape = self._shape(some, x, width)
         base = self._bridge(some, x, block, gate)
         taken = self._scatter(some, base, hit, y, shape, width)
-        return self._unless_single(branch, f"{block.name}.rows", y, taken, some, width)
+        return self._unless(single, branch, f"{block.name}.rows", y, taken, some, width)
 
     def _scatter(
         self, branch: Branch, base: Any, hit: Any, rows: Any, shape: Any, width: int
@@ -267,7 +301,7 @@ class GateLowering:
         put = b.op(branch, "ScatterND", [self._flat(branch, base, width), at, rows])
         return b.op(branch, "Reshape", [put, shape])
 
-    def _flat(self, branch: Branch, value: Any, width: int) -> Any:
+    def _flat(self, branch: Place, value: Any, width: int) -> Any:
         """``[B, S, w]`` as ``[B S, w]``."""
         flat = self.b.const(f"carve_flat{width}x", np.array([-1, width]))
         return self.b.op(branch, "Reshape", [value, flat])

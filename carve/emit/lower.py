@@ -81,7 +81,7 @@ def lower(
 ) -> None:
     """Replace every placeholder by operators of onnxruntime, in place.
 
-    ``routed`` does it for the routed FFNs.
+    ``routed`` does it for the routed FFNs; one that leaves experts out needs them in no branch.
     """
     graph = model.graph
     b = Builder(model, precision)
@@ -93,7 +93,7 @@ def lower(
     for node in graph:
         if node.domain == DOMAIN:
             placeholders[node.op_type].append(node)
-    gates = GateLowering(b, program, placeholders["Gated"])
+    gates = GateLowering(b, program, placeholders["Gated"], apart=routed is not lower_routed)
     gates.open_ffns()
     operators: dict[int, ir.Node] = {}
     if placeholders["Attention"]:

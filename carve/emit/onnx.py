@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as onnx_passes
 
 from carve.arithmetic import Precision
+from carve.emit.half import to_half
 from carve.emit.lower import lower
 from carve.emit.skeleton import quiet, skeleton
 from carve.errors import UserError
@@ -29,7 +30,7 @@ class Emitted:
     shared_cache: bool
 
 
-def emit(program: Program, path: Path, bits: int) -> Emitted:
+def emit(program: Program, path: Path, bits: int, *, half: bool = False) -> Emitted:
     """Write ``path`` (and ``path`` + ``.data``) for onnxruntime.
 
     Args:
@@ -37,6 +38,7 @@ def emit(program: Program, path: Path, bits: int) -> Emitted:
         path: the model file; its folder has to exist.
         bits: 4 or 8 for block-wise weights, 16 or more for fp32, where no pass has quantized the
             program; else its own grids are emitted.
+        half: fp16 between the nodes, as CUDA wants it, see `carve.emit.half`.
 
     Raises:
         UserError: an unknown width.
@@ -48,6 +50,8 @@ def emit(program: Program, path: Path, bits: int) -> Emitted:
         model, weights = skeleton(program)
         lower(model, weights, program, Precision(program, bits))
         model.graph.name = "carve"
+        if half:
+            to_half(model)
         onnx_passes.TopologicalSortPass()(model)
         model.ir_version = min(model.ir_version or 10, 11)
         ir.save(model, str(path), external_data=path.name + ".data", size_threshold_bytes=256)

@@ -14,8 +14,8 @@ from carve.errors import CarveError
 
 TRUNK = "trunk.data"
 _SMALL = 256
-_BRANCHES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _INT64 = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
+_GRAPH = ir.AttributeType.GRAPH
 _BOOL = ("And", "Or", "Not", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
@@ -35,17 +35,20 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
     Every node runs in the first segment that has its inputs: segment ``k`` gives what marker ``k``
     reads, and marker ``k``'s result is an input of the later ones.
 
+    A node with branches is not cut through: it runs in the first segment that has all that they
+    read.
+
     Raises:
-        CarveError: a node with a branch of its own, which cannot be cut through.
+        CarveError: a marker stands in a branch.
     """
     number = {m: k for k, m in enumerate(markers)}
     stage: dict[ir.Value, int] = dict.fromkeys(graph.inputs, -1)
     found = [Segment([], {}, {}, {}) for _ in range(len(markers) + 1)]
     results = set(graph.outputs)
     for node in graph:
-        if any(a.type in _BRANCHES for a in node.attributes.values()):
-            raise CarveError("emit", f"{node.name}: a model with branches cannot be split")
-        read = [v for v in node.inputs if v is not None]
+        read = _reads(node)
+        if any(n in number for g in branches(node) for n in g.all_nodes()):
+            raise CarveError("emit", f"{node.name}: experts in a branch cannot be split")
         moving = [v for v in read if v.const_value is None or v in stage]
         at = number[node] if node in number else max([0, *(stage[v] for v in moving)])
         segment = found[at]
@@ -66,14 +69,45 @@ def cut(graph: ir.Graph, markers: Sequence[ir.Node]) -> list[Segment]:
                 segment.outputs[v] = None
     for segment in found:
         own = {v for n in segment.nodes for v in n.outputs} | segment.weights.keys()
-        read = [v for n in segment.nodes for v in n.inputs if v is not None]
+        read = [v for n in segment.nodes for v in _reads(n)]
         segment.inputs.update((v, None) for v in read if v not in own)
     return found
 
 
+def branches(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that a node holds."""
+    found: list[ir.Graph] = []
+    for a in node.attributes.values():
+        if a.type == ir.AttributeType.GRAPH:
+            found.append(a.as_graph())
+        elif a.type == ir.AttributeType.GRAPHS:
+            found += a.as_graphs()
+    return found
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """The values that a node takes, those that its branches take from outside too."""
+    found = [v for v in node.inputs if v is not None]
+    for graph in branches(node):
+        own = {*graph.inputs, *(v for n in graph for v in n.outputs)}
+        inner = [v for n in graph for v in _reads(n)]
+        found += [v for v in (*inner, *graph.outputs) if v not in own]
+    return found
+
+
 def give_types(graph: ir.Graph) -> None:
-    """Element types of values that have none, by what operators do with their inputs'."""
+    """Element types of values that have none, by what operators do with their inputs'.
+
+    Nodes have to be in order; those of branches get theirs when their node is reached.
+    """
     for node in graph:
+        branches = [a.as_graph() for a in node.attributes.values() if a.type == _GRAPH]
+        for branch in branches:
+            give_types(branch)
+        if branches:
+            for v, told in zip(node.outputs, branches[0].outputs, strict=True):
+                v.type = v.type or told.type
+            continue
         kinds = [
             v.dtype if v.dtype is not None else (v.const_value.dtype if v.const_value else None)
             for v in node.inputs
@@ -91,9 +125,12 @@ def give_types(graph: ir.Graph) -> None:
             first = kinds[1]
         elif kind in ("Constant", "ConstantOfShape") and "value" in node.attributes:
             first = node.attributes["value"].as_tensor().dtype
-        elif kind == "GatherBlockQuantized":
+        elif kind in ("GatherBlockQuantized", "ConstantOfShape"):
             first = ir.DataType.FLOAT
+        inner = branches(node)
         for i, v in enumerate(node.outputs):
+            if inner and v.type is None:
+                v.type = inner[0].outputs[i].type
             if v.type is None:
                 own = ir.DataType.INT64 if kind == "TopK" and i == 1 else first
                 v.type = ir.TensorType(own)
@@ -127,23 +164,33 @@ def _model(whole: ir.Model, segment: Segment, outside: dict[str, ir.ExternalTens
             copies[v] = ir.Value(name=v.name, shape=v.shape, type=v.type)
         return copies[v]
 
-    inputs = [copy(v) for v in segment.inputs]
-    weights = []
-    for v in segment.weights:
-        value = copy(v)
-        value.const_value = outside.get(str(v.name), v.const_value)
-        weights.append(value)
-    nodes = []
-    for n in segment.nodes:
-        new = ir.Node(
+    def attribute(a: ir.Attr) -> ir.Attr:
+        if a.type != ir.AttributeType.GRAPH:
+            return a
+        g = a.as_graph()
+        nodes = [node(n) for n in g]
+        return ir.AttrGraph(
+            a.name, ir.Graph([], [copy(v) for v in g.outputs], nodes=nodes, name=g.name)
+        )
+
+    def node(n: ir.Node) -> ir.Node:
+        return ir.Node(
             n.domain,
             n.op_type,
             [None if v is None else copy(v) for v in n.inputs],
-            list(n.attributes.values()),
+            [attribute(a) for a in n.attributes.values()],
             outputs=[copy(v) for v in n.outputs],
             name=n.name,
         )
-        nodes.append(new)
+
+    inputs = [copy(v) for v in segment.inputs]
+    weights = []
+    # An input with a value of its own stays one.
+    for v in (*segment.weights, *(v for v in segment.inputs if v.const_value is not None)):
+        value = copy(v)
+        value.const_value = outside.get(str(v.name), v.const_value)
+        weights.append(value)
+    nodes = [node(n) for n in segment.nodes]
     graph = ir.Graph(
         inputs,
         [copy(given(v)) for v in segment.outputs],

@@ -3,7 +3,8 @@
 Segment ``l`` holds what runs between the experts of layer ``l - 1`` and those of layer ``l``:
 attention, norms, router and shared expert. It gives ``x.l`` ``[n, d]``, the rows of the FFN's
 input, and ``routes.l`` ``[n, E]``, 1 for the experts that a row takes; the next segment takes their
-sum ``y.l``. Where the experts run, and in which process, the graphs do not know.
+sum ``y.l``. Rows are those of the tokens that a skip gate lets through, if any. Where the experts
+run, and in which process, the graphs do not know.
 """
 
 from __future__ import annotations
@@ -60,14 +61,12 @@ def check_split(program: Program) -> None:
     """Refuse what has no split form.
 
     Raises:
-        UserError: nothing is carved, or blocks are gated.
+        UserError: nothing is carved.
     """
     if not program.carved:
         raise UserError(
             "target", "onnx-split needs routed FFNs, and none is carved", "lower the budget"
         )
-    if program.gated:
-        raise UserError("target", "onnx-split has no form of skip gates", "convert without --skip")
 
 
 def emit_split(
@@ -133,7 +132,7 @@ def emit_split(
     index = {
         "schema": SCHEMA,
         "segments": names,
-        "outputs": program.outputs,
+        "outputs": [str(v.name) for v in model.graph.outputs],
         "layers": layers,
         "predictors": "predictors.bin",
         **write_experts(folder, routed, precision, heat),

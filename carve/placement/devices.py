@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from carve.config import nearest, parse_size
 from carve.errors import UserError
+from carve.files import read_toml
 
 MOST_DEVICES = 64
-_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,18 +94,8 @@ def read_devices(path: str | Path) -> Devices:
     """
     if str(path) in PRESETS:
         return Devices((_device({"preset": str(path), "name": str(path)}, 0),))
-    file = Path(path)
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise UserError("devices", f"{path} is larger than a description of devices can be")
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError(
-            "devices",
-            f"{path} cannot be read as TOML: {e}",
-            f"give a file with [[device]] tables, or one of {', '.join(PRESETS)}",
-        ) from e
-    return parse_devices(table)
+    hint = f"give a file with [[device]] tables, or one of {', '.join(PRESETS)}"
+    return parse_devices(read_toml(Path(path), "devices", hint))
 
 
 def parse_devices(table: Mapping[str, Any]) -> Devices:

@@ -70,11 +70,13 @@ class Sizes:
             raise UserError("placement", f"the artifact's sizes cannot be read: {e}") from e
         experts = [c.shape[1] for c in trace.chosen]
         numbers = [v for layers in (found.nbytes, found.macs) for layer in layers for v in layer]
+        numbers += [found.token_bytes, found.host_bytes, found.cache_bytes]
+        numbers += [*found.host_macs, *found.host_reads]
         fits = (
             [len(b) for b in found.nbytes] == experts
             and [len(m) for m in found.macs] == experts
             and len(found.host_macs) == len(found.host_reads) == len(experts)
-            and all(np.isfinite(v) and v >= 0 for v in [*numbers, found.host_bytes])
+            and all(np.isfinite(v) and v >= 0 for v in numbers)
         )
         if not fits:
             raise UserError("placement", "the artifact's sizes do not fit its trace")
@@ -85,29 +87,16 @@ def sizes_of(program: Program, bits: int) -> Sizes:
     """Sizes of a carved program whose weights have ``bits`` bits where no pass chose others."""
     precision = Precision(program, bits)
     layers = [s.routed for s in program.carved if s.routed is not None]
-    stacks = [
-        [t for k, t in r.tensors().items() if k.startswith("expert_") and t.ndim >= 2]
-        for r in layers
-    ]
-    moved = {t.data_ptr() for each in stacks for t in each}
-    rest = {p.data_ptr(): p for p in program.module.parameters() if p.data_ptr() not in moved}
     macs = [_macs(r, r.expert_size) for r in layers]
     return Sizes(
-        [
-            [float(sum(precision.nbytes(t[e]) for t in each)) for e in range(r.num_experts)]
-            for r, each in zip(layers, stacks, strict=True)
-        ],
+        [[float(n) for n in precision.experts(r)] for r in layers],
         [[m] * r.num_experts for m, r in zip(macs, layers, strict=True)],
         8.0 * max(r.expert_up.shape[-1] for r in layers),
-        float(sum(precision.nbytes(p) for p in rest.values())),
+        float(precision.rest(program)),
         cache_bytes(program),
         [_macs(r, r.shared_size) for r in layers],
-        [_shared_bytes(r, precision) for r in layers],
+        [float(precision.shared(r)) for r in layers],
     )
-
-
-def _shared_bytes(r: RoutedFFN, precision: Precision) -> float:
-    return float(sum(precision.nbytes(t) for k, t in r.tensors().items() if k.startswith("shared")))
 
 
 def _macs(r: RoutedFFN, width: int) -> float:

@@ -34,6 +34,6 @@ def memory_table(
 
 def scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """Placements by every objective, on text that placed none of them."""
-    names = list(next(iter(scores.values())))
+    names = list(next(iter(scores.values()), {}))
     rows = [[who, *(f"{by[n] * SHOWN[n]:.2f}" for n in names)] for who, by in scores.items()]
     return table([["other half of the trace", *(f"{n}, {_UNIT[n]}" for n in names)], *rows])

@@ -7,9 +7,10 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from carve_runtime.files import open_regular
 from numpy.typing import NDArray
 
 from carve.errors import UserError
@@ -73,23 +74,19 @@ class Trace:
         return buffer.getvalue()
 
     @staticmethod
-    def read(path: Path, most_bytes: int = 1 << 28) -> Trace:
+    def read(path: Path, most_bytes: int = 1 << 26) -> Trace:
         """A trace that `pack` wrote.
 
         Raises:
             UserError: the file is none, or does not fit together.
         """
         try:
-            with zipfile.ZipFile(path) as archive:
-                if sum(i.file_size for i in archive.infolist()) > most_bytes:
-                    raise UserError("trace", f"{path} unpacks to more than {most_bytes} bytes")
-            with np.load(path, allow_pickle=False) as f:
-                layers = tuple(str(n) for n in f["layers"])
-                experts = [int(e) for e in f["experts"]]
-                packed = [f[f"chosen{i}"] for i in range(len(layers))]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-            raise UserError("trace", f"{path} is no trace: {e}") from e
-        fits = len(experts) == len(layers) and all(
+            layers, experts, packed = _unpack(path, most_bytes)
+        except UserError:
+            raise
+        except Exception as e:  # what zipfile, zlib and numpy raise has no common base
+            raise UserError("trace", f"{path} is no trace: {str(e)[:200]}") from e
+        fits = len(experts) == len(layers) > 0 and all(
             p.dtype == np.uint8
             and p.ndim == 2
             and e >= 1
@@ -99,10 +96,22 @@ class Trace:
         if not fits:
             raise UserError("trace", f"{path}: its arrays do not fit together")
         chosen = tuple(
-            np.unpackbits(p, axis=1, count=e).astype(bool)
+            np.unpackbits(p, axis=1, count=e).view(bool)
             for p, e in zip(packed, experts, strict=True)
         )
         return Trace(layers, chosen)
+
+
+def _unpack(path: Path, most_bytes: int) -> tuple[tuple[str, ...], list[int], list[Any]]:
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            if sum(i.file_size for i in archive.infolist()) > most_bytes:
+                raise UserError("trace", f"{path} unpacks to more than {most_bytes} bytes")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as f:
+            layers = tuple(str(n) for n in f["layers"])
+            experts = [int(e) for e in f["experts"]]
+            return layers, experts, [f[f"chosen{i}"] for i in range(len(layers))]
 
 
 def collect_trace(program: Program, batches: Sequence[Batch]) -> Trace:

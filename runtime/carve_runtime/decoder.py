@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carve_runtime.engine import Runner, value
-from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.errors import ArtifactError, RequestError, out_of_memory
 from carve_runtime.gates import BARS, SCORES, SHIFT, Gates, GateStats
 from carve_runtime.manifest import ModelInfo
 
@@ -43,8 +43,13 @@ def check_decoder(engine: Runner, info: ModelInfo, *, masked: bool = True) -> No
     for past, present in cache_names(info):
         known.add(past)
         for ports, name in ((engine.inputs, past), (engine.outputs, present)):
-            if name not in ports or not ports[name].is_float32(*cache):
-                raise refuse(f"{name} must be float32 with shape {cache}")
+            port = ports.get(name)
+            if (
+                port is None
+                or not (port.is_half or port.is_float32(*cache))
+                or (not port.fits(*cache))
+            ):
+                raise refuse(f"{name} must be float32 or float16 with shape {cache}")
     if info.gates:
         told = [engine.outputs.get(name) for name in (SCORES, BARS)]
         wide = all(p is not None and p.is_float32(None, None, len(info.gates)) for p in told)
@@ -90,12 +95,14 @@ class Session:
 
     def _open(self) -> None:
         """Get the cache ready."""
-        info = self._info
+        engine, info = self._engine, self._info
         self._names = cache_names(info)
-        empty = np.zeros((1, info.num_key_value_heads, 0, info.head_dim), np.float32)
-        self._buffers = [empty] * len(self._names)  # shared cache: past and present at once
-        self._values = [value(empty)] * len(self._names)  # growing cache: the latest present
-        self._binding: Any = self._engine.binding()
+        half = bool(self._names) and engine.inputs[self._names[0][0]].is_half
+        self._dtype = np.float16 if half else np.float32
+        empty = np.zeros((1, info.num_key_value_heads, 0, info.head_dim), self._dtype)
+        # The cache: past and present at once where it is shared, else the latest present.
+        self._values = [engine.place(empty)] * len(self._names)
+        self._binding: Any = engine.binding()
 
     @property
     def gate_stats(self) -> GateStats:
@@ -123,6 +130,8 @@ class Session:
             RequestError: ``token-id`` for ids that are not integers in the vocabulary,
                 ``context-length`` when the sequence would pass the model's maximum. The
                 session is unchanged then.
+            CarveRuntimeError: ``memory`` when the cache or the logits do not fit, ``run`` when
+                the engine fails.
         """
         tokens = check_ids(ids, self._info.vocab_size)
         total = self._length + tokens.size
@@ -133,7 +142,10 @@ class Session:
                 "shorten the prompt",
             )
         count = tokens.size if rows is None else max(1, min(rows, tokens.size))
-        logits = self._advance(tokens, total, count)
+        try:
+            logits = self._advance(tokens, total, count)
+        except MemoryError as error:
+            raise out_of_memory("the sequence", error) from error
         self._length = total
         return logits
 
@@ -197,10 +209,10 @@ class Session:
         for index, (past, present) in enumerate(self._names):
             # zeros, not empty: the pages are not touched before they are written either way,
             # and no operator can meet a NaN that an earlier owner of the memory left.
-            buffer = np.zeros((1, heads, capacity, width), np.float32)
-            buffer[:, :, : self._length] = self._buffers[index][:, :, : self._length]
-            self._buffers[index] = buffer
-            shared = value(buffer)
+            buffer = np.zeros((1, heads, capacity, width), self._dtype)
+            if self._length:
+                buffer[:, :, : self._length] = self._values[index].numpy()[:, :, : self._length]
+            self._values[index] = shared = self._engine.place(buffer)
             self._binding.bind_ortvalue_input(past, shared)
             self._binding.bind_ortvalue_output(present, shared)
         self._capacity = capacity

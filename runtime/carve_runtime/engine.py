@@ -18,8 +18,11 @@ from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
 # variable, read as onnxruntime initializes, stops all of it. A value that is set already stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-PROVIDERS: Mapping[str, Sequence[str]] = {"onnx-cpu": ("CPUExecutionProvider",)}
-_FLOAT32 = "tensor(float)"
+PROVIDERS: Mapping[str, Sequence[str]] = {
+    "onnx-cpu": ("CPUExecutionProvider",),
+    "onnx-cuda": ("CUDAExecutionProvider",),
+}
+_FLOAT32, _FLOAT16 = "tensor(float)", "tensor(float16)"
 
 
 def _ort() -> Any:
@@ -37,14 +40,19 @@ class Port:
     dtype: str
     shape: tuple[int | None, ...]
 
+    @property
+    def is_half(self) -> bool:
+        """Whether this is float16."""
+        return self.dtype == _FLOAT16
+
     def is_float32(self, *shape: int | None) -> bool:
-        """Whether this is float32 and may have ``shape``, where None fits any dimension."""
-        return (
-            self.dtype == _FLOAT32
-            and len(self.shape) == len(shape)
-            and all(
-                None in pair or pair[0] == pair[1] for pair in zip(self.shape, shape, strict=True)
-            )
+        """Whether this is float32 and has ``shape``, of which None leaves a dimension open."""
+        return self.dtype == _FLOAT32 and self.fits(*shape)
+
+    def fits(self, *shape: int | None) -> bool:
+        """Whether this has ``shape``, of which None leaves a dimension open."""
+        return len(self.shape) == len(shape) and all(
+            want in (None, dim) for dim, want in zip(self.shape, shape, strict=True)
         )
 
 
@@ -82,6 +90,10 @@ class Runner(Protocol):
         """See `Engine.run_bound`."""
         ...
 
+    def place(self, array: NDArray[Any]) -> Any:
+        """See `Engine.place`."""
+        ...
+
     def close(self) -> None:
         """Let go of what does not end by itself."""
         ...
@@ -96,7 +108,8 @@ class Engine:
         threads: threads of one operator; None lets onnxruntime take every core.
 
     Raises:
-        ArtifactError: ``model`` when onnxruntime refuses the file.
+        ArtifactError: ``model`` when onnxruntime refuses the file, ``target`` when it cannot
+            compute where the target does.
     """
 
     def __init__(self, path: Path, target: str, threads: int | None) -> None:
@@ -109,6 +122,7 @@ class Engine:
         # Prepacked weights live as long as the session: outside the arena, which rounds up to
         # powers of two, they take what they need (446 MB became 158 for 128 MB of weights).
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        self._device = "cuda" if "CUDAExecutionProvider" in PROVIDERS[target] else "cpu"
         self._session = _session(str(path), options, target, str(path))
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
@@ -145,6 +159,12 @@ class Engine:
     def binding(self) -> Any:
         """A new IOBinding of this session."""
         return self._session.io_binding()
+
+    def place(self, array: NDArray[Any]) -> Any:
+        """An OrtValue where the model computes: over the array's memory, or a copy on the GPU."""
+        if self._device == "cpu":
+            return value(array)
+        return _ort().OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
     def close(self) -> None:
         """Nothing to do: memory goes with the session."""
@@ -225,9 +245,16 @@ def _session(
     """An onnxruntime session of a path or a serialized graph, with external ``tensors``.
 
     Raises:
-        ArtifactError: ``model`` when onnxruntime refuses it.
+        ArtifactError: ``model`` when onnxruntime refuses it, ``target`` when it has no such device.
     """
     ort = _ort()
+    missing = [p for p in PROVIDERS[target] if p not in ort.get_available_providers()]
+    if missing:
+        raise ArtifactError(
+            "target",
+            f"onnxruntime {ort.__version__} here has no {missing[0]}",
+            "install onnxruntime-gpu in place of onnxruntime, or load another target",
+        )
     try:
         if tensors is not None:
             options.add_external_initializers(list(tensors), [value(a) for a in tensors.values()])

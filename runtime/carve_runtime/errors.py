@@ -31,3 +31,10 @@ class RequestError(CarveRuntimeError, ValueError):
     Codes: ``kind``, ``context-length``, ``empty-prompt``, ``token-id``, ``no-tokenizer``,
     ``no-pooling``, ``inputs``, ``memory`` and ``argument``.
     """
+
+
+def out_of_memory(what: str, error: MemoryError) -> CarveRuntimeError:
+    """Code ``memory``: ``what`` does not fit."""
+    return CarveRuntimeError(
+        "memory", f"{what} does not fit in memory: {error}", "use a larger machine, or memory="
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from carve_runtime.engine import ExpertSession
 from carve_runtime.errors import ArtifactError
+from carve_runtime.files import FileError, open_regular, read_bytes
 from carve_runtime.heap import heap_bytes
-from carve_runtime.index import Key, SplitIndex
+from carve_runtime.index import Key, Layer, SplitIndex
 from carve_runtime.residency import ExpertStats, Residency
 
 Rows = NDArray[np.float32]
+_MOST_GRAPH = 1 << 26
 
 
 class Experts(Protocol):
@@ -58,6 +60,18 @@ def chosen_rows(routes: Rows) -> list[tuple[int, NDArray[np.intp]]]:
     return [(int(e), np.flatnonzero(routes[:, e])) for e in np.flatnonzero(routes.any(0))]
 
 
+def likely(layer: Layer, scores: Rows) -> Rows:
+    """``[n, E]``, not 0 where a row of ``scores`` would take an expert.
+
+    Where the k-th score is repeated there is one more, which does no harm.
+    """
+    least = np.partition(scores, -layer.top_k, axis=1)[:, -layer.top_k, None]
+    hit = scores >= least
+    if layer.dynamic:
+        hit &= scores > 0
+    return hit.astype(np.float32)
+
+
 def summed(x: Rows, results: Iterable[tuple[NDArray[np.intp], Rows]]) -> Rows:
     """``[n, d]`` zeros with every expert's rows added, in the order they come."""
     y = np.zeros_like(x)
@@ -70,12 +84,27 @@ def summed(x: Rows, results: Iterable[tuple[NDArray[np.intp], Rows]]) -> Rows:
 
 
 class ExpertFile:
-    """Makes sessions from ranges of ``experts.bin``; safe to share between threads."""
+    """Makes sessions from ranges of ``experts.bin``; safe to share between threads.
 
-    def __init__(self, index: SplitIndex) -> None:
+    The file is opened once: one that takes its name later is another model's.
+
+    Args:
+        index: the model.
+        costs: what `costs` of another one gave, where another process measured it.
+
+    Raises:
+        ArtifactError: ``model`` when it or a graph cannot be read.
+    """
+
+    def __init__(self, index: SplitIndex, costs: Mapping[int, int] | None = None) -> None:
         self.index = index
-        self._graphs = [form.model.read_bytes() for form in index.forms]
-        self._costs: dict[int, int] = {}
+        try:
+            graphs = {f: read_bytes(f, _MOST_GRAPH) for f in {f.model for f in index.forms}}
+            self._file = open_regular(index.data)
+        except (OSError, FileError) as error:
+            raise ArtifactError("model", f"an expert cannot be read: {error}") from error
+        self._graphs = [graphs[form.model] for form in index.forms]
+        self._costs: dict[int, int] = dict(costs or {})
 
     def load(self, key: Key) -> ExpertSession:
         """Read an expert and make its session.
@@ -88,12 +117,19 @@ class ExpertFile:
         tensors = {}
         # An array each: onnxruntime keeps some of them, and a shared one would live with those.
         for t in form.tensors:
-            count = math.prod(t.shape)
-            data = np.fromfile(self.index.data, t.dtype, count, offset=place.offset + t.offset)
-            if data.size != count:
-                raise ArtifactError("model", f"expert {key} ends beyond {self.index.data}")
-            tensors[t.name] = data.reshape(t.shape)
+            data = np.empty(t.shape, t.dtype)
+            self._read(data.reshape(-1).view(np.uint8), place.offset + t.offset)
+            tensors[t.name] = data
         return ExpertSession(self._graphs[place.form], self.index.folder, tensors)
+
+    def _read(self, data: NDArray[np.uint8], offset: int) -> None:
+        """Fill ``data`` from the file; the system reads at most 2 GB at once."""
+        at = 0
+        while at < data.size:
+            count = os.preadv(self._file.fileno(), [data[at:].data], offset + at)
+            if count == 0:
+                raise ArtifactError("model", f"{self.index.data} is shorter than its index says")
+            at += count
 
     def cost(self, key: Key) -> int:
         """Bytes of memory that an expert takes once loaded, measured once for each form."""
@@ -105,6 +141,23 @@ class ExpertFile:
             self._costs[form] = max(self.index.size(key), heap_bytes() - before)
             del first, second
         return self._costs[form]
+
+    def costs(self) -> dict[int, int]:
+        """By form that has an expert, what `cost` gives."""
+        return {place.form: self.cost(key) for key, place in self.index.experts.items()}
+
+    def least(self, keys: Collection[Key]) -> int:
+        """Bytes of the most that one layer takes of ``keys`` for one token."""
+        costs: dict[int, list[int]] = {}
+        for key in keys:
+            costs.setdefault(key[0], []).append(self.cost(key))
+        return max(
+            (
+                sum(sorted(found, reverse=True)[: self.index.layers[number].top_k])
+                for number, found in costs.items()
+            ),
+            default=0,
+        )
 
 
 class LocalExperts:
@@ -155,13 +208,11 @@ class LocalExperts:
 
     def expect(self, layer: int, scores: Rows) -> None:
         """Start to load the experts that ``scores`` ``[n, E]`` would choose."""
-        info = self._layers[layer]
-        # Where the k-th score is repeated, one more is loaded, which does no harm.
-        least = np.partition(scores, -info.top_k, axis=1)[:, -info.top_k, None]
-        likely = scores >= least
-        if info.dynamic:
-            likely &= scores > 0
-        keys = [(layer, int(e)) for e in np.flatnonzero(likely.any(0))]
+        self.fetch(layer, [e for e, _ in chosen_rows(likely(self._layers[layer], scores))])
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Start to load experts of a layer that comes next."""
+        keys = [(layer, e) for e in experts]
         self._expected.keys = layer, frozenset(keys)
         self._residency.prefetch(keys)
 
@@ -177,7 +228,7 @@ class LocalExperts:
             return self._each_of_all(self._all, layer, x, chosen)
         keys = [(layer, e) for e, _ in chosen]
         at, expected = getattr(self._expected, "keys", (None, None))
-        resident = self._residency.want(keys, len(x), expected if at == layer else None)
+        resident = self._residency.want(layer, keys, len(x), expected if at == layer else None)
         rows = {(layer, e): r for e, r in chosen}
         # What is there runs while the rest is read.
         order = sorted(keys, key=lambda key: key not in resident)

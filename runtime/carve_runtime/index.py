@@ -6,7 +6,6 @@ its file, on pages of its own.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -18,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carve_runtime.errors import ArtifactError
+from carve_runtime.files import read_json
 from carve_runtime.manifest import check_relative_path, resolve_inside
 
 SCHEMA = 1
 PAGE = 4096
-MAX_INDEX_BYTES = 64 * 1024 * 1024
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_TENSORS, _MAX_WIDTH = 4096, 65536, 64, 1 << 24
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
 _NAME = re.compile(r"[\w.\-/]{1,200}")
@@ -159,13 +158,7 @@ def read_index(root: Path, files: Collection[str], model: str) -> SplitIndex:
         ArtifactError: ``model`` for whatever does not fit, ``unsafe-path`` or ``not-found``.
     """
     path = resolve_inside(root, model)
-    # Not read(limit + 1): that reserves the limit, which a small device may not have.
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise _bad(f"is larger than {MAX_INDEX_BYTES} bytes")
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _bad(f"is not JSON: {str(error)[:200]}") from error
+    raw = read_json(path, _bad)
     _int(raw, "schema", SCHEMA, SCHEMA)
     _int(raw, "page", PAGE, PAGE)
     reader = _Reader(root, files, model)
@@ -176,6 +169,8 @@ def read_index(root: Path, files: Collection[str], model: str) -> SplitIndex:
     layers = tuple(_layer(entry, k, predictors) for k, entry in enumerate(entries))
     if len(segments) != len(layers) + 1 or not layers:
         raise _bad(f"{len(layers)} layers need one segment more, not {len(segments)}")
+    if len(set(segments)) != len(segments):
+        raise _bad("a segment is there twice")
     forms = tuple(_form(f, reader) for f in _list(raw, "forms", _MAX_EXPERTS))
     binary = reader.file(raw.get("data"))
     experts = _experts(raw, layers, forms, binary.stat().st_size)

@@ -34,12 +34,24 @@ def load_split(
         RequestError: ``memory`` when the budget is below the least that works.
         CarveRuntimeError: ``shard`` when a process cannot load its experts.
     """
-    if memory is not None and shards is not None:
-        raise RequestError("argument", "give memory or shards, not both")
     index = read_index(root, manifest.files, model)
-    if shards is not None:
-        return _sharded(root, manifest, model, index, shards, threads)
-    return open_split(index, threads=threads, memory=memory, policy=policy, prefetch=prefetch)
+    if shards is None:
+        return open_split(index, threads=threads, memory=memory, policy=policy, prefetch=prefetch)
+    from carve_runtime.placement import choose_holders
+    from carve_runtime.shards import Limits, ShardedExperts, held_by
+
+    placed = resolve_inside(root, PLACEMENT_NAME) if PLACEMENT_NAME in manifest.files else None
+    devices, holders = choose_holders(shards, placed, index)
+    trunk, size = _trunk(index, threads, memory)
+    file = ExpertFile(index)
+    limits = None
+    if memory is not None:
+        budgets = share_memory(memory, size, file, held_by(index, holders, devices))
+        limits = Limits(budgets, policy, prefetch, file.costs())
+    # Cores are shared by processes that run at the same time.
+    several = max(1, _threads(threads) // devices)
+    experts = ShardedExperts(file, root, model, holders, devices, several, limits)
+    return SplitEngine(trunk, experts)
 
 
 def open_split(
@@ -51,68 +63,55 @@ def open_split(
     prefetch: bool = True,
 ) -> SplitEngine:
     """A split model in this process, see `load_split`."""
-    if memory is not None:
-        give_back_freed()
-    before = heap_bytes()
-    trunk = Trunk(index, threads)
+    trunk, size = _trunk(index, threads, memory)
     file = ExpertFile(index)
     keys = hottest_first(index)
-    budget = None
-    if memory is not None:
-        budget = _budget(memory, heap_bytes() - before, file, keys, index)
+    budget = None if memory is None else share_memory(memory, size, file, [keys])[0]
     experts = LocalExperts(
         file, keys, budget=budget, policy=policy, prefetch=prefetch, threads=_threads(threads)
     )
     return SplitEngine(trunk, experts)
 
 
+def _trunk(index: SplitIndex, threads: int | None, memory: int | None) -> tuple[Trunk, int]:
+    """The segments and, where memory is limited, the bytes that they take."""
+    if memory is not None:
+        give_back_freed()
+    before = heap_bytes()
+    trunk = Trunk(index, threads)
+    return trunk, heap_bytes() - before
+
+
 def _threads(threads: int | None) -> int:
     return threads or os.cpu_count() or 1
 
 
-def _budget(
-    memory: int, trunk: int, file: ExpertFile, keys: Sequence[Key], index: SplitIndex
-) -> int:
-    """What is left for experts.
+def share_memory(
+    memory: int, trunk: int, file: ExpertFile, held: Sequence[Sequence[Key]]
+) -> list[int]:
+    """What is left for experts, by device.
+
+    Every device gets what one layer takes of its experts for one token; the rest is shared out in
+    proportion to what each would hold beyond that, so that all are equally short.
+
+    Args:
+        memory: bytes of all together.
+        trunk: bytes of the segments.
+        file: the experts.
+        held: by device, those that it holds.
 
     Raises:
         RequestError: ``memory`` when no token could be computed with it.
     """
-    least = 0
-    for number, layer in enumerate(index.layers):
-        costs = sorted((file.cost(key) for key in keys if key[0] == number), reverse=True)
-        least = max(least, sum(costs[: layer.top_k]))
-    if memory < trunk + least:
+    least = [file.least(keys) for keys in held]
+    rest = memory - trunk - sum(least)
+    if rest < 0:
+        many = f" in {len(held)} processes" if len(held) > 1 else ""
         raise RequestError(
             "memory",
-            f"{memory} bytes do not hold the trunk ({trunk}) and one layer's experts ({least})",
-            f"give at least {-(-(trunk + least) // 1_000_000)}MB",
+            f"{memory} bytes do not hold the trunk ({trunk}) and one layer's experts{many} "
+            f"({sum(least)})",
+            f"give at least {-(-(trunk + sum(least)) // 1_000_000)}MB",
         )
-    return memory - trunk
-
-
-def _sharded(
-    root: Path,
-    manifest: Manifest,
-    model: str,
-    index: SplitIndex,
-    shards: int | str | os.PathLike[str],
-    threads: int | None,
-) -> SplitEngine:
-    from carve_runtime.placement import contiguous, load_placement, shard_count
-    from carve_runtime.shards import ShardedExperts
-
-    if isinstance(shards, int):
-        devices, homes = shard_count(shards), contiguous(index, shards)
-        if PLACEMENT_NAME in manifest.files:
-            placed = load_placement(resolve_inside(root, PLACEMENT_NAME), index)
-            if placed[0] == devices:
-                homes = placed[1]
-    else:
-        devices, homes = load_placement(Path(shards), index)
-    trunk = Trunk(index, threads)
-    # Cores are shared by processes that run at the same time.
-    experts = ShardedExperts(
-        index, root, model, homes, devices, max(1, _threads(threads) // devices)
-    )
-    return SplitEngine(trunk, experts)
+    more = [sum(map(file.cost, keys)) - n for keys, n in zip(held, least, strict=True)]
+    return [n + rest * m // max(1, sum(more)) for n, m in zip(least, more, strict=True)]

@@ -7,7 +7,6 @@ types, its paths and its hashes are all checked before onnxruntime opens a file.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +15,18 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from carve_runtime.errors import ArtifactError
+from carve_runtime.files import FileError, Identity, identity, open_regular, read_json
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 _MAX_INT = 2**31 - 1
+# What a decoder's buffers are made of: their product has to stay a size that numpy can name.
+_MOST = {
+    "vocab_size": 1 << 24,
+    "num_layers": 1 << 12,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CARVE_AGAIN = "compile the model again with carve, or fetch the directory again"
 
@@ -94,9 +100,10 @@ def _string(parent: Mapping[str, Any], key: str) -> str:
 
 
 def _int(name: str, value: object, low: int) -> int:
+    most = _MOST.get(name, _MAX_INT)
     # bool is an int in Python, but true is not a count.
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= _MAX_INT:
-        raise _bad(f"{name!r} must be an integer from {low} to {_MAX_INT}, not {value!r:.40}")
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= most:
+        raise _bad(f"{name!r} must be an integer from {low} to {most}, not {value!r:.40}")
     return value
 
 
@@ -255,18 +262,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise ArtifactError(
             "not-found", f"{root} is not a directory", "give the directory that carve wrote"
         )
-    with resolve_inside(root.resolve(), MANIFEST_NAME).open("rb") as file:
-        data = file.read(MAX_MANIFEST_BYTES + 1)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise _bad(f"is larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _bad(f"is not JSON: {str(error)[:200]}") from error
-    return _parse(raw)
+    return _parse(read_json(resolve_inside(root.resolve(), MANIFEST_NAME), _bad))
 
 
-def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
+def check_files(root: Path, manifest: Manifest, *, verify: bool) -> dict[str, Identity]:
     """Check that every listed file is there, inside ``root``, and has its hash.
 
     Args:
@@ -274,21 +273,47 @@ def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
         manifest: the manifest read from it.
         verify: also read every file and compare its SHA-256.
 
+    Returns:
+        The files that were seen, for `check_unchanged`.
+
     Raises:
         ArtifactError: ``not-found``, ``unsafe-path`` or ``hash-mismatch``.
     """
+    seen = {}
     for path, expected in manifest.files.items():
         found = resolve_inside(root, path)
-        if not verify:
-            continue
-        with found.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open_regular(found) as file:
+                seen[path] = identity(os.fstat(file.fileno()))
+                actual = hashlib.file_digest(file, "sha256").hexdigest() if verify else expected
+        except (OSError, FileError) as error:
+            raise ArtifactError(
+                "not-found", f"{found} cannot be read: {error}", _CARVE_AGAIN
+            ) from error
         if actual != expected:
             raise ArtifactError(
                 "hash-mismatch",
                 f"{path} has SHA-256 {actual}, but {MANIFEST_NAME} says {expected}",
                 _CARVE_AGAIN,
             )
+    return seen
+
+
+def check_unchanged(root: Path, seen: Mapping[str, Identity]) -> None:
+    """Check that the files that were loaded by name are those that `check_files` saw.
+
+    Raises:
+        ArtifactError: ``hash-mismatch`` when one is another, or was written to.
+    """
+    for path, before in seen.items():
+        if identity(resolve_inside(root, path).stat()) != before:
+            raise ArtifactError(
+                "hash-mismatch", f"{path} changed while it was loaded", "load the artifact again"
+            )
+
+
+def _unreadable(error: OSError) -> None:
+    raise ArtifactError("not-found", f"a folder cannot be read: {error}", _CARVE_AGAIN) from error
 
 
 def check_model_folder(root: Path, manifest: Manifest, target: Target) -> Path:
@@ -303,7 +328,7 @@ def check_model_folder(root: Path, manifest: Manifest, target: Target) -> Path:
     """
     model = resolve_inside(root, target.model)
     listed = {*(root / path for path in manifest.files), root / MANIFEST_NAME}
-    for folder, folders, files in os.walk(model.parent):
+    for folder, folders, files in os.walk(model.parent, onerror=_unreadable):
         links = [name for name in folders if Path(folder, name).is_symlink()]
         for entry in (Path(folder, name) for name in (*files, *links)):
             if entry not in listed:

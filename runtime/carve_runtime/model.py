@@ -14,26 +14,27 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from carve_runtime.decoder import Session, check_decoder, check_ids
-from carve_runtime.engine import PROVIDERS, Engine, Runner
-from carve_runtime.errors import ArtifactError, RequestError
+from carve_runtime.engine import Engine, Runner
+from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError, out_of_memory
 from carve_runtime.gates import GateStats
 from carve_runtime.manifest import (
     Kind,
     Manifest,
     check_files,
     check_model_folder,
+    check_unchanged,
     read_manifest,
     resolve_inside,
 )
 from carve_runtime.residency import ExpertStats
 from carve_runtime.sampling import Sampler
 from carve_runtime.sizes import parse_bytes
-from carve_runtime.text import Detokenizer, StopFilter
+from carve_runtime.text import Detokenizer, StopFilter, load_tokenizer, tokenizing
 from carve_runtime.tvm_engine import TvmEngine, TvmSession, runs_here
 from carve_runtime.tvm_index import read_tvm_index
 
 SPLIT, TVM = "onnx-split", "tvm:"
-USABLE = (*PROVIDERS, SPLIT)
+USABLE = ("onnx-cpu", SPLIT, "onnx-cuda")
 TOKENIZER_NAME = "tokenizer.json"
 # The graph gives logits for every token of a prompt, of which generation needs the last row:
 # a long prompt is fed in parts whose logits stay below this.
@@ -88,12 +89,14 @@ def load(
             several for TVM the first that this processor can run.
         threads: threads of one operator; None lets onnxruntime take every core.
         verify: compare every file's SHA-256 with the manifest. Without it the paths are still
-            checked, but the content is trusted.
+            checked, but the content is trusted; not so a compiled library's, which is code.
         memory: most bytes for the model's weights as they lie in memory, for example ``300MB``:
-            experts that do not fit are read when they are needed.
+            experts that do not fit are read when they are needed. With ``shards`` it is for all
+            processes together; each gets a share by what it holds.
         shards: run the experts in so many processes, this one included: as the artifact's
             ``placement.json`` has it where that is for so many devices, else in equal parts. Or
-            the path of a placement.
+            the path of a placement. Where an expert has several copies, a step takes the one on the
+            device with the least to do.
         policy: which expert goes when another needs its room: ``lfu`` or ``lru``.
         prefetch: read the experts that a layer will probably take before it is reached.
 
@@ -101,7 +104,8 @@ def load(
         ArtifactError: when the directory is missing, damaged or unsafe, see its codes.
         RequestError: ``argument`` when ``threads`` is below 1 or the arguments do not go together,
             ``memory`` when the budget is below the least that works.
-        CarveRuntimeError: ``shard`` when a process cannot load its experts.
+        CarveRuntimeError: ``shard`` when a process cannot load its experts, ``memory`` when there
+            is too little.
     """
     if threads is not None and threads < 1:
         raise RequestError("argument", f"threads must be >= 1: {threads}")
@@ -120,32 +124,37 @@ def load(
         )
     if split and name != SPLIT:
         raise RequestError("argument", f"memory and shards need the target {SPLIT}, not {name}")
-    check_files(root, manifest, verify=verify)
+    seen = check_files(root, manifest, verify=verify)
     graph = check_model_folder(root, manifest, manifest.targets[name])
     tokenizer, pad = None, 0
     if TOKENIZER_NAME in manifest.files:
-        tokenizer, pad = _load_tokenizer(resolve_inside(root, TOKENIZER_NAME), manifest)
+        truncate = manifest.model.max_length if manifest.kind == "encoder" else 0
+        tokenizer, pad = load_tokenizer(resolve_inside(root, TOKENIZER_NAME), truncate)
     runner: Runner
-    if name.startswith(TVM):
-        runner = _load_tvm(root, manifest, manifest.targets[name].model, threads)
-    elif name == SPLIT:
-        from carve_runtime.load_split import load_split
+    try:
+        if name.startswith(TVM):
+            runner = _load_tvm(root, manifest, manifest.targets[name].model, threads)
+        elif name == SPLIT:
+            from carve_runtime.load_split import load_split
 
-        runner = load_split(
-            root,
-            manifest,
-            manifest.targets[name].model,
-            threads=threads,
-            memory=budget,
-            shards=shards,
-            policy=policy,
-            prefetch=prefetch,
-        )
-    else:
-        runner = Engine(graph, name, threads)
+            runner = load_split(
+                root,
+                manifest,
+                manifest.targets[name].model,
+                threads=threads,
+                memory=budget,
+                shards=shards,
+                policy=policy,
+                prefetch=prefetch,
+            )
+        else:
+            runner = Engine(graph, name, threads)
+    except MemoryError as error:
+        raise out_of_memory("the model", error) from error
     try:
         if manifest.kind == "decoder":
             check_decoder(runner, manifest.model, masked=not name.startswith(TVM))
+        check_unchanged(root, seen)
     except BaseException:
         runner.close()
         raise
@@ -165,6 +174,7 @@ def _load_tvm(root: Path, manifest: Manifest, model: str, threads: int | None) -
 
 
 def _default_target(root: Path, manifest: Manifest, split: bool, engine: str | None) -> str:
+    """The split form where it is asked for, else the first of the engine's that is there."""
     if engine not in (None, "onnx", "tvm"):
         raise RequestError("argument", f"engine {engine!r:.40} is neither 'onnx' nor 'tvm'")
     if engine == "tvm":
@@ -173,25 +183,8 @@ def _default_target(root: Path, manifest: Manifest, split: bool, engine: str | N
             if runs_here(read_tvm_index(root, manifest.files, manifest.targets[name].model)):
                 return name
         return compiled[0] if compiled else TVM
-    monolithic = next(iter(PROVIDERS))
-    return SPLIT if split or monolithic not in manifest.targets else monolithic
-
-
-def _load_tokenizer(path: Path, manifest: Manifest) -> tuple[Tokenizer, int]:
-    """The tokenizer without padding, truncating for encoders only, and its padding token."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        pad = int((tokenizer.padding or {}).get("pad_id", 0))
-        # Set once here and never later: threads share the tokenizer.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        if manifest.kind == "encoder" and manifest.model.max_length > 0:
-            tokenizer.enable_truncation(manifest.model.max_length)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ArtifactError(
-            "tokenizer", f"cannot read {path}: {error}", "compile the model again with carve"
-        ) from error
-    return tokenizer, pad
+    there = [t for t in USABLE if t in manifest.targets]
+    return SPLIT if split or not there else there[0]
 
 
 class Model:
@@ -391,7 +384,8 @@ class Model:
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("no-tokenizer", f"the artifact has no {TOKENIZER_NAME}")
-        return list(self.tokenizer.encode(text).ids)
+        with tokenizing("the tokenizer cannot encode the prompt"):
+            return list(self.tokenizer.encode(text).ids)
 
     def _generate(
         self,
@@ -490,8 +484,9 @@ class Model:
 
         Raises:
             RequestError: ``kind`` when this is not an encoder, ``no-tokenizer``,
-                ``no-pooling`` when the artifact does not say how to pool, ``empty-prompt``
+                    ``no-pooling`` when the artifact does not say how to pool, ``empty-prompt``
                 when a text has no tokens, or ``argument``.
+            CarveRuntimeError: ``non-finite`` when an embedding is NaN or infinite.
         """
         self._require("encoder", "embed")
         info = self.manifest.model
@@ -504,7 +499,8 @@ class Model:
         if not texts:
             width = next(iter(self._engine.outputs.values())).shape[-1]
             return np.zeros((0, width or 0), np.float32)
-        encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        with tokenizing("the tokenizer cannot encode the texts"):
+            encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
         if not all(encoded):
             raise RequestError("empty-prompt", f"text {encoded.index([])} has no tokens")
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
@@ -530,4 +526,6 @@ class Model:
         if self.manifest.model.normalize:
             norm = np.linalg.norm(pooled, axis=1, keepdims=True)
             pooled = pooled / np.maximum(norm, 1e-12)
+        if not np.isfinite(pooled).all():
+            raise CarveRuntimeError("non-finite", "the model's embeddings are not finite")
         return np.asarray(pooled, np.float32)

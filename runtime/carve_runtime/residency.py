@@ -59,6 +59,10 @@ class ExpertStats:
         """Bytes read for a token."""
         return self.bytes_read / max(1, self.tokens)
 
+    def plus(self, other: ExpertStats) -> ExpertStats:
+        """Counts of two processes together."""
+        return ExpertStats(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
+
     def as_dict(self) -> dict[str, float]:
         """All counts and rates by name."""
         return {
@@ -155,16 +159,16 @@ class Residency:
             slot.value.result()
 
     def want(
-        self, keys: Sequence[Key], rows: int, expected: frozenset[Key] | None
+        self, layer: int, keys: Sequence[Key], rows: int, expected: frozenset[Key] | None
     ) -> frozenset[Key]:
-        """A step reached a layer and takes ``keys``; returns those that are resident.
+        """A step of ``rows`` reached a layer and takes ``keys``; returns those that are resident.
 
         Missing ones are begun as far as there is room at once.
         """
         with self._changed:
+            self.stats.tokens += rows if layer == 0 else 0
             if keys:
-                self._layers.steps[keys[0][0]] = self._layers.of(keys[0]) + 1
-                self.stats.tokens += rows if keys[0][0] == 0 else 0
+                self._layers.steps[layer] = self._layers.of(keys[0]) + 1
             self._wanted[threading.get_ident()] = frozenset(keys)
             found = []
             for key in keys:

@@ -1,23 +1,19 @@
-"""Experts in several processes, one for each device; this one is the first.
-
-Frames over a child's standard input and output: a length, then bytes. Numbers are little-endian.
-Nothing is pickled. A child ends when its input does, however this process ended.
-"""
+"""Experts in several processes, one for each device; this one is the first."""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from carve_runtime.errors import CarveRuntimeError
 from carve_runtime.experts import (
@@ -26,55 +22,56 @@ from carve_runtime.experts import (
     Rows,
     chosen_rows,
     hottest_first,
+    likely,
     summed,
 )
+from carve_runtime.frames import FAILED, STATS, Part, pack_expect, pack_run, receive, send
 from carve_runtime.index import Key, SplitIndex
+from carve_runtime.placement import Copies, Holders
 from carve_runtime.residency import ExpertStats
 
-_LENGTH = struct.Struct("<Q")
-_HEAD = struct.Struct("<III")  # layer, rows, experts
-_MOST_FRAME = 1 << 34
-_FAILED, _DONE = b"!", b"."
-Assignment = Sequence[Sequence[int]]
-"""By layer and expert, the device that runs it."""
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Memory of the processes.
+
+    ``budgets``: by device, bytes for resident experts; ``policy``, ``prefetch``: see
+    `carve_runtime.load`; ``costs``: what `carve_runtime.experts.ExpertFile.costs` gave.
+    """
+
+    budgets: Sequence[int]
+    policy: str
+    prefetch: bool
+    costs: Mapping[int, int]
+
+    def of(self, device: int) -> dict[str, Any]:
+        """What `LocalExperts` is told."""
+        return {"budget": self.budgets[device], "policy": self.policy, "prefetch": self.prefetch}
 
 
-def _send(stream: IO[bytes], *parts: bytes | memoryview) -> None:
-    stream.write(_LENGTH.pack(sum(len(p) for p in parts)))
-    for part in parts:
-        stream.write(part)
-    stream.flush()
+_NO_LIMITS = {"budget": None, "policy": "lfu", "prefetch": False}
 
 
-def _receive(stream: IO[bytes]) -> bytes:
-    """A frame; empty at the end of the stream."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return b""
-    (length,) = _LENGTH.unpack(head)
-    data = stream.read(length) if length <= _MOST_FRAME else b""
-    return data if len(data) == length else b""
-
-
-def _bytes(array: NDArray[Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+def held_by(index: SplitIndex, holders: Holders, devices: int) -> list[list[Key]]:
+    """By device, the experts that it has a copy of, the hottest first."""
+    keys = hottest_first(index)
+    return [[k for k in keys if d in holders[k[0]][k[1]]] for d in range(devices)]
 
 
 class _Shard:
     """A process with some of the experts."""
 
-    def __init__(self, number: int, artifact: Path, model: str, keys: Sequence[Key]) -> None:
+    def __init__(self, number: int, request: Mapping[str, Any]) -> None:
         self.number = number
         # The package that runs here, whatever the caller did to the path; -P: not the folder's.
         home = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "carve_runtime.shards"],
+            [sys.executable, "-P", "-m", "carve_runtime.shard_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
         )
-        request = {"artifact": str(artifact), "model": model, "keys": [list(k) for k in keys]}
         self.send(json.dumps(request).encode())
 
     @property
@@ -85,7 +82,7 @@ class _Shard:
     def send(self, *parts: bytes | memoryview) -> None:
         try:
             assert self._process.stdin is not None
-            _send(self._process.stdin, *parts)
+            send(self._process.stdin, *parts)
         except (OSError, ValueError) as error:
             raise self._gone() from error
 
@@ -97,12 +94,12 @@ class _Shard:
         """
         assert self._process.stdout is not None
         try:
-            data = _receive(self._process.stdout)
+            data = receive(self._process.stdout)
         except (OSError, ValueError) as error:
             raise self._gone() from error
         if not data:
             raise self._gone()
-        if data[:1] == _FAILED:
+        if data[:1] == FAILED:
             raise CarveRuntimeError("shard", f"shard {self.number}: {data[1:].decode()}")
         return memoryview(data)[1:]
 
@@ -133,38 +130,43 @@ class ShardedExperts:
     """Experts by device; device 0 is this process.
 
     Args:
-        index: the model.
+        file: their weights.
         artifact: its directory, resolved.
         model: the index's path in it.
-        homes: by layer and expert, the device.
+        holders: by layer and expert, the devices with a copy.
         devices: how many there are.
         threads: how many experts run at once in this process.
+        limits: memory of the processes, None for as much as it takes.
 
     Raises:
         CarveRuntimeError: ``shard`` when a process cannot load its experts.
     """
 
-    predicts = False
-
     def __init__(
         self,
-        index: SplitIndex,
+        file: ExpertFile,
         artifact: Path,
         model: str,
-        homes: Assignment,
+        holders: Holders,
         devices: int,
         threads: int,
+        limits: Limits | None = None,
     ) -> None:
-        self._homes = homes
+        self._layers = file.index.layers
+        self._copies = Copies(holders)
         self._lock = threading.Lock()
         self._broken: CarveRuntimeError | None = None
-        keys = hottest_first(index)
-        own = [[k for k in keys if homes[k[0]][k[1]] == d] for d in range(devices)]
+        self._tokens = 0
+        own = held_by(file.index, holders, devices)
+        options = [_NO_LIMITS if limits is None else limits.of(d) for d in range(devices)]
+        costs = {} if limits is None else limits.costs
+        self.predicts = limits is not None and limits.prefetch
         self._shards: dict[int, _Shard] = {}
         try:
             for d in range(1, devices):
-                self._shards[d] = _Shard(d, artifact, model, own[d])
-            self._local = LocalExperts(ExpertFile(index), own[0], threads=threads)
+                request = {"artifact": str(artifact), "model": model, "keys": own[d]}
+                self._shards[d] = _Shard(d, {**request, "costs": costs, **options[d]})
+            self._local = LocalExperts(file, own[0], threads=threads, **options[0])
             for shard in self._shards.values():
                 shard.receive()
         except BaseException:
@@ -173,8 +175,20 @@ class ShardedExperts:
 
     @property
     def stats(self) -> ExpertStats:
-        """Of this process only."""
-        return self._local.stats
+        """Of all processes together; ``resident_bytes`` is the sum of the most of each.
+
+        Raises:
+            CarveRuntimeError: as `run`.
+        """
+        with self._whole():
+            total = self._local.stats
+            for shard in self._shards.values():
+                shard.send(STATS)
+            for shard in self._shards.values():
+                total = total.plus(ExpertStats(**json.loads(bytes(shard.receive()))))
+            # A row counts once, whichever processes it went to.
+            total = total.plus(ExpertStats(tokens=self._tokens - total.tokens))
+        return total
 
     @property
     def pids(self) -> list[int]:
@@ -182,20 +196,36 @@ class ShardedExperts:
         return [s.pid for s in self._shards.values()]
 
     def expect(self, layer: int, scores: Rows) -> None:
-        """Nothing: every expert is loaded."""
+        """Let every process read ahead what it would be asked for."""
+        parts = self._parts(layer, chosen_rows(likely(self._layers[layer], scores)), keep=False)
+        with self._whole():
+            for d, part in parts.items():
+                experts = [e for e, _ in part]
+                if d:
+                    self._shards[d].send(*pack_expect(layer, experts))
+                else:
+                    self._local.fetch(layer, experts)
 
     def run(self, layer: int, x: Rows, routes: Rows) -> Rows:
-        """See `carve_runtime.experts.Experts.run`."""
+        """See `carve_runtime.experts.Experts.run`.
+
+        Raises:
+            CarveRuntimeError: ``shard`` when a process is gone or failed, now or before.
+        """
         chosen = chosen_rows(routes)
-        home = self._homes[layer]
-        parts: dict[int, list[tuple[int, NDArray[np.intp]]]] = {}
-        for e, rows in chosen:
-            parts.setdefault(home[e], []).append((e, rows))
+        with self._whole():
+            self._tokens += len(x) if layer == 0 else 0
+            found = self._ask(layer, x, self._parts(layer, chosen, keep=True))
+        return summed(x, [(rows, found[e]) for e, rows in chosen])
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """One talk with the processes at a time, and none after one that failed."""
         with self._lock:
             if self._broken is not None:
                 raise self._broken
             try:
-                found = self._ask(layer, x, parts)
+                yield
             except BaseException as error:
                 # An answer may still be under way: what comes next could not be told from it.
                 self._broken = (
@@ -205,20 +235,19 @@ class ShardedExperts:
                 )
                 self._end()
                 raise
-        return summed(x, [(rows, found[e]) for e, rows in chosen])
 
-    def _ask(
-        self, layer: int, x: Rows, parts: Mapping[int, list[tuple[int, NDArray[np.intp]]]]
-    ) -> dict[int, Rows]:
+    def _parts(self, layer: int, chosen: Part, *, keep: bool) -> dict[int, Part]:
+        """Who runs what: experts by device."""
+        devices = self._copies.choose(layer, [(e, len(rows)) for e, rows in chosen], keep=keep)
+        return {
+            d: [one for where, one in zip(devices, chosen, strict=True) if where == d]
+            for d in dict.fromkeys(devices)
+        }
+
+    def _ask(self, layer: int, x: Rows, parts: Mapping[int, Part]) -> dict[int, Rows]:
         away = {d: part for d, part in parts.items() if d}
         for d, part in away.items():
-            taken = np.unique(np.concatenate([rows for _, rows in part]))
-            mask = np.zeros((len(part), len(taken)), np.uint8)
-            for row, (_, rows) in zip(mask, part, strict=True):
-                row[np.searchsorted(taken, rows)] = 1
-            experts = np.array([e for e, _ in part], "<u4")
-            head = _HEAD.pack(layer, len(taken), len(part))
-            self._shards[d].send(head, _bytes(experts), _bytes(mask), _bytes(x[taken]))
+            self._shards[d].send(*pack_run(layer, x, part))
         here = parts.get(0, [])
         found = {
             e: out for (e, _), (_, out) in zip(here, self._local.each(layer, x, here), strict=True)
@@ -242,51 +271,3 @@ class ShardedExperts:
                 self._broken = CarveRuntimeError("closed", "the model is closed", "load it again")
             self._end()
             self._local.close()
-
-
-def _serve(source: IO[bytes], sink: IO[bytes]) -> None:
-    """What a child does: load its experts, then answer until its input ends."""
-    from carve_runtime.index import read_index
-    from carve_runtime.manifest import read_manifest
-
-    request = json.loads(_receive(source))
-    root = Path(request["artifact"])
-    index = read_index(root, read_manifest(root).files, request["model"])
-    experts = LocalExperts(ExpertFile(index), [(int(i), int(e)) for i, e in request["keys"]])
-    _send(sink, _DONE)
-    while data := _receive(source):
-        layer, rows, count = _HEAD.unpack_from(data)
-        width = index.layers[layer].width
-        numbers = np.frombuffer(data, "<u4", count, _HEAD.size)
-        at = _HEAD.size + 4 * count
-        mask = np.frombuffer(data, np.uint8, count * rows, at).reshape(count, rows)
-        x = np.frombuffer(data[at + count * rows :], "<f4").reshape(rows, width)
-        part = [(int(e), np.flatnonzero(m)) for e, m in zip(numbers, mask, strict=True)]
-        results = [_bytes(out) for _, out in experts.each(layer, x, part)]
-        _send(sink, _DONE, *results)
-    experts.close()
-
-
-def main() -> int:
-    """The entry of a child process."""
-    import signal
-
-    # A terminal sends its interrupt to all; the first process ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else is printed must not be taken for an answer
-    try:
-        _serve(source, sink)
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        try:
-            _send(sink, _FAILED, str(error).encode())
-        except OSError:
-            return 1
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

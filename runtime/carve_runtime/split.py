@@ -27,6 +27,7 @@ class Trunk:
         last = len(self.segments) - 1
         self.made: dict[str, int] = {}
         self.inputs: dict[str, Port] = {}
+        self.optional: dict[str, Port] = {}
         self.wanted = set(index.outputs)
         streams = {n for e in index.layers if e.predictor for n in e.predictor.stream}
         for k, segment in enumerate(self.segments):
@@ -34,6 +35,7 @@ class Trunk:
             for name, port in segment.inputs.items():
                 if name not in self.made and name not in summed:
                     self.inputs[name] = port
+            self.optional |= segment.optional
             if k < last:
                 self._check_ports(index.layers[k], k, segment.outputs)
             for name in segment.outputs:
@@ -45,7 +47,8 @@ class Trunk:
             if layer.predictor is not None:
                 early = [n for n in layer.predictor.stream if self.made.get(n, k) >= k]
                 missing.update(early)
-        if missing or self.inputs.keys() & self.made.keys():
+        given = self.inputs.keys() | self.optional.keys()
+        if missing or given & self.made.keys() or self.inputs.keys() & self.optional.keys():
             raise _refuse(f"no segment makes {sorted(missing)[:3]}")
         self.outputs = {n: self.segments[self.made[n]].outputs[n] for n in index.outputs}
 
@@ -69,9 +72,9 @@ class SplitBinding:
     def __init__(self, trunk: Trunk) -> None:
         self._trunk = trunk
         self.parts = [s.binding() for s in trunk.segments]
-        self._takers: dict[str, list[Any]] = {name: [] for name in trunk.inputs}
+        self._takers: dict[str, list[Any]] = {n: [] for n in (*trunk.inputs, *trunk.optional)}
         for part, segment in zip(self.parts, trunk.segments, strict=True):
-            for name in segment.inputs.keys() & self._takers.keys():
+            for name in (segment.inputs.keys() | segment.optional.keys()) & self._takers.keys():
                 self._takers[name].append(part)
         # Results come in the order in which they were bound first.
         for k, part in enumerate(self.parts):
@@ -108,11 +111,15 @@ class SplitEngine:
     def __init__(self, trunk: Trunk, experts: Experts) -> None:
         self._trunk, self.experts = trunk, experts
         self.inputs, self.outputs = trunk.inputs, trunk.outputs
-        self.optional: dict[str, Port] = {}
+        self.optional = trunk.optional
 
     def binding(self) -> SplitBinding:
         """A new binding, used as onnxruntime's own."""
         return SplitBinding(self._trunk)
+
+    def place(self, array: NDArray[Any]) -> Any:
+        """An OrtValue over the memory of an array."""
+        return value(array)
 
     def run_bound(self, binding: SplitBinding, *, shrink: bool) -> None:
         """Run what is bound, see `carve_runtime.engine.Engine.run_bound`.

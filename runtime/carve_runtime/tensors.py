@@ -6,8 +6,8 @@ checked before anything is read.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carve_runtime.errors import ArtifactError
+from carve_runtime.files import FileError, open_regular, parse_json
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 _DTYPES = {
@@ -37,23 +38,20 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
     Raises:
         ArtifactError: ``model`` where the file is no sound safetensors file.
     """
-    size = path.stat().st_size
-    if size < 8:
-        raise _bad(path, "it is no safetensors file")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise _bad(path, f"its header would have {length} bytes")
-        text = file.read(length)
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its header is not JSON: {str(error)[:200]}") from error
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise _bad(path, "it is no safetensors file")
+            header = parse_json(file.read(length))
+            # Copied on write, which nothing does: only writable memory can be lent to kernels.
+            data = np.memmap(file, np.uint8, "c")
+    except (FileError, OSError) as error:
+        raise _bad(path, str(error)) from error
     if not isinstance(header, dict):
         raise _bad(path, "its header is no object")
     start = 8 + length
-    # Copied on write, which nothing does: only writable memory can be lent to kernels.
-    data = np.memmap(path, np.uint8, "c")
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -74,7 +72,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int,
             raise _bad(path, f"{name!r:.60} has an unsound shape or range")
         return list(values)
 
-    if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in _DTYPES:
         raise _bad(path, f"{name!r:.60} has a type that is not known")
     ends = whole(entry.get("data_offsets"), 2)
     if len(ends) != 2:

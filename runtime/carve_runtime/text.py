@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from carve_runtime.errors import RequestError
+from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
 
 _REPLACEMENT = "\ufffd"
+
+
+@contextmanager
+def tokenizing(what: str) -> Iterator[None]:
+    """Say failures of the tokenizers library as one error.
+
+    Raises:
+        ArtifactError: ``tokenizer`` for whatever it raises, a panic of its Rust code included.
+    """
+    try:
+        yield
+    except CarveRuntimeError:
+        raise
+    except BaseException as error:
+        # It raises plain Exception; what a panic becomes is none, and has no name to import.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ArtifactError(
+            "tokenizer", f"{what}: {str(error)[:200]}", "compile the model again with carve"
+        ) from error
+
+
+def load_tokenizer(path: Path, truncate: int) -> tuple[Tokenizer, int]:
+    """A tokenizer that does not pad, and its padding token.
+
+    Args:
+        path: ``tokenizer.json``.
+        truncate: cut to so many tokens; 0 does not.
+
+    Raises:
+        ArtifactError: ``tokenizer`` when it cannot be read.
+    """
+    with tokenizing(f"cannot read {path}"):
+        tokenizer = Tokenizer.from_file(str(path))
+        pad = int((tokenizer.padding or {}).get("pad_id", 0))
+        # Set once here and never later: threads share the tokenizer.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if truncate:
+            tokenizer.enable_truncation(truncate)
+        return tokenizer, pad
 
 
 class Detokenizer:
@@ -27,7 +70,8 @@ class Detokenizer:
     def _decode(self, ids: list[int]) -> str:
         if self._tokenizer is None or not ids:
             return ""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        with tokenizing("the tokenizer cannot decode"):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def feed(self, token: int) -> str:
         """Add a token; return the text that is complete with it, perhaps none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import numpy as np
 
 from carve_runtime.engine import Port
 from carve_runtime.errors import ArtifactError
+from carve_runtime.files import read_json
 from carve_runtime.manifest import check_relative_path, resolve_inside
 
 SCHEMA = 1
-MAX_INDEX_BYTES = 16 * 1024 * 1024
 DTYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(int64)": np.dtype(np.int64),
@@ -64,7 +63,7 @@ def _ports(raw: Any, what: str) -> dict[str, Port]:
     for item in raw:
         entry = item if isinstance(item, dict) else {}
         name, dtype, shape = (entry.get(k) for k in ("name", "dtype", "shape"))
-        sound = isinstance(name, str) and dtype in DTYPES and isinstance(shape, list)
+        sound = isinstance(name, str) and str(dtype) in DTYPES and isinstance(shape, list)
         if not sound or len(shape) > 8:
             raise _bad(f"{what} must have names, known types and shapes")
         if not all(d is None or (type(d) is int and 0 <= d < 2**31) for d in shape):
@@ -84,14 +83,7 @@ def read_tvm_index(root: Path, files: Collection[str], path: str) -> TvmIndex:
     Raises:
         ArtifactError: ``model``, ``not-found`` or ``unsafe-path``.
     """
-    with resolve_inside(root, path).open("rb") as file:
-        data = file.read(MAX_INDEX_BYTES + 1)
-    if len(data) > MAX_INDEX_BYTES:
-        raise _bad(f"it is larger than {MAX_INDEX_BYTES} bytes")
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _bad(f"it is not JSON: {str(error)[:200]}") from error
+    raw = read_json(resolve_inside(root, path), _bad)
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise _bad(f"its schema is not {SCHEMA}")
     folder = path.rpartition("/")[0]

@@ -15,6 +15,7 @@ from carve.allocate import Option, allocate
 from carve.budget import cost_of, make_request, plan_widths
 from carve.calibration import DATA, SiteInputs, hold_back, load_tokenizer, text_batches
 from carve.capture import capture_checkpoint
+from carve.engine_form import ANY, FORMS, GRANITE, HF, EngineForm
 from carve.errors import UserError
 from carve.evaluate import Evaluator
 from carve.passbase import Context, PassManager
@@ -67,12 +68,12 @@ def test_nothing_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
 # The pass
 
 
-def setting(checkpoint: Path, share: float) -> tuple[Program, Context]:
+def setting(checkpoint: Path, share: float, form: EngineForm = ANY) -> tuple[Program, Context]:
     program = capture_checkpoint(checkpoint)
     text = (DATA / "calibration.txt").read_text(encoding="utf-8")[:40_000]
     batches = text_batches(program, load_tokenizer(checkpoint), text, 64, 4000)
     rest, judged = hold_back(batches, 512)
-    request = make_request(program, None, share)
+    request = make_request(program, None, share, form=form)
     context = Context(
         rest,
         SiteInputs.collect(program, rest),
@@ -96,6 +97,26 @@ def test_the_site_that_matters_gets_more(checkpoint: Path) -> None:
     others = [v for k, v in found["active"].items() if k != first]
     assert found["active"][first] > max(others)
     assert found["predicted"] < found["predicted_uniform"]
+    used = sum(cost_of(s, context.splits[s.name], context.request) for s in program.sites)
+    assert used <= context.request.limit * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("target", "dense"), [(HF, 1), (GRANITE, 0)])
+def test_equal_widths_with_the_first_site_dense_where_that_is_held(
+    checkpoint: Path, target: str, dense: int
+) -> None:
+    program, context = setting(checkpoint, 0.8, FORMS[target])
+    name = program.sites[0].name
+
+    def judge(p: Program, replace: Mapping[str, FFN] | None = None, /) -> float:
+        return 10.0 if name in (replace or {}) else 0.1
+
+    context.judge = judge
+    PassManager([Profile(ProfileConfig()), Allocate(AllocateConfig())])(program, context)
+    splits = [context.splits[s.name] for s in program.sites]
+    assert splits[:dense] == [None] * dense
+    assert len({*splits[dense:]}) == 1
+    assert splits[-1] is not None
     used = sum(cost_of(s, context.splits[s.name], context.request) for s in program.sites)
     assert used <= context.request.limit * (1 + 1e-9)
 

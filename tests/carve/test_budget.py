@@ -20,6 +20,7 @@ from carve.budget import (
     splits_of,
 )
 from carve.capture import capture_transformers
+from carve.engine_form import FOREIGN, FORMS
 from carve.errors import UserError
 from carve.program import Program
 
@@ -42,7 +43,7 @@ def plan_widths(program: Program, *asked: Any, **narrowed: Any) -> dict[str, Spl
 
 def realised(program: Program, splits: dict[str, Split]) -> float:
     """Counted from the weights that the widths lead to."""
-    carved = tiny.clone(program)
+    carved = program.copy()
     for site in carved.sites:
         s = splits[site.name]
         options = {"num_experts": s.num_experts, "expert_size": s.expert_size, "top_k": s.top_k}
@@ -50,6 +51,17 @@ def realised(program: Program, splits: dict[str, Split]) -> float:
         assert routed.shared_size == s.shared_size
         carved.set_routed(site, routed)
     return carved.macs / carved.dense_macs
+
+
+@pytest.mark.parametrize("asked", BUDGETS)
+@pytest.mark.parametrize("target", FOREIGN)
+def test_engines_get_equal_widths(asked: float, target: str, program: Program) -> None:
+    splits = plan_widths(program, asked, None, 0.55, form=FORMS[target])
+    (split,) = {*splits.values()}
+    assert asked - 0.05 <= realised(program, splits) <= asked
+    if FORMS[target].whole_shared:
+        assert split.shared_size >= split.expert_size
+        assert split.shared_size % split.expert_size == 0
 
 
 @pytest.mark.parametrize("asked", BUDGETS)

@@ -17,6 +17,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import transformers as hf
+from report_samples import Page, holds
 from safetensors.torch import load_file, save_file
 
 import carve
@@ -262,6 +263,9 @@ def test_bench(
         (kept,) = (tmp_path / "carve").iterdir()  # made once, then found again
         assert (kept / "manifest.json").is_file()
         times.add((kept / "manifest.json").stat().st_mtime_ns)
+        report = json.loads((done.path / "report.json").read_text())
+        assert report["speed"] == answer
+        assert f"{answer['decode']['routed']:.1f}" in (done.path / "report.html").read_text()
     assert len(times) == 1
     assert call("bench", done.path, "--context", "1000", "--json") == 2
 
@@ -274,6 +278,27 @@ def test_report(done: Done, capsys: Captured) -> None:
     for p in done.answer["passes"]:
         assert p["name"] in text
     assert f"realised {done.answer['budget']['realised']:.3f}" in text
+
+
+def test_the_page_of_a_report(done: Done) -> None:
+    report = json.loads((done.path / "report.json").read_text())
+    page = Page((done.path / "report.html").read_text())
+    assert all(holds(report, *figure) for figure in page.figures)
+    shown = {(way[0], way[2] if way[0] == "layers" else None) for way, _ in page.figures}
+    for key in ("load", "entropy", "margin", "active", "loss"):
+        assert ("layers", key) in shown, key
+    assert [p["name"] for p in report["passes"] if p.get("state")] == [
+        p["name"] for p in report["passes"][:-1]
+    ]
+    last = report["passes"][-2]["state"]
+    # The weights are what is emitted, but for the graph around them.
+    assert 0 < report["bytes"] - last["bytes"] < 150_000
+    assert last["reads"] < last["bytes"] < report["dense"]["bytes"] / 3
+    assert report["recipe"]["convert"]["bits"] == 8
+    for layer in report["layers"].values():
+        assert sum(layer["load"]) == pytest.approx(layer["experts_per_token"]["mean"], rel=1e-3)
+        used = layer["shared_size"] + sum(layer["load"]) * layer["expert_size"]
+        assert layer["active"] == pytest.approx(used / tiny.FFN, rel=1e-3)
 
 
 def test_list(capsys: Captured) -> None:

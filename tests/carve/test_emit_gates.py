@@ -125,7 +125,7 @@ def test_128_greedy_tokens_are_those_of_torch(tmp_path: Path) -> None:
 def test_all_open_and_all_shut(captured: Get, tmp_path: Path) -> None:
     c = captured("llama")
     for i, bias in enumerate((1e9, -1e9)):
-        program = gated(tiny.clone(c.program))
+        program = gated(c.program.copy())
         for block in program.gated:
             assert block.gate is not None
             program.set_gate(block, replace(block.gate, bias=torch.full((1,), bias)))

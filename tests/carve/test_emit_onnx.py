@@ -166,7 +166,7 @@ def test_model_that_is_not_the_program_fails_parity(
     written: Callable[[str, int], Written],
 ) -> None:
     w = written("llama", 16)
-    other = tiny.clone(w.program)
+    other = w.program.copy()
     site = other.sites[1]
     assert site.routed is not None
     other.set_routed(site, replace(site.routed, router=-site.routed.router))
@@ -181,7 +181,7 @@ def test_baked_routing_fails_parity(bits: int, tmp_path: Path) -> None:
     """A model that always takes the same experts, as a careless export does."""
     torch.manual_seed(0)
     program = tiny.route(capture_module(Stack(["silu"], True, True), (torch.randn(3, 64),)))
-    baked = tiny.clone(program)
+    baked = program.copy()
     (site,) = baked.sites
     r = site.routed
     assert r is not None

@@ -13,7 +13,8 @@ import onnx
 import pytest
 import tiny_models as tiny
 import torch
-from carve_runtime.engine import Engine
+from carve_runtime.decoder import check_decoder
+from carve_runtime.engine import Engine, value
 from carve_runtime.experts import ExpertFile, LocalExperts, hottest_first
 from carve_runtime.index import SplitIndex, read_index
 from carve_runtime.split import SplitEngine, Trunk
@@ -24,7 +25,7 @@ from carve.emit.onnx import emit
 from carve.emit.split import Predictor, emit_split
 from carve.errors import CarveError, UserError
 from carve.grid import Grid
-from carve.parity import check_parity, feeds_of, run_split
+from carve.parity import SPLIT, check_parity, feeds_of, run_split
 from carve.program import Program
 
 Get = Callable[[str], tiny.Captured]
@@ -105,7 +106,7 @@ def test_split_is_the_program_and_the_whole_model(
     name: str, bits: int, split: Callable[[str, int], Split]
 ) -> None:
     s = split(name, bits)
-    metrics = check_parity(s.program, s.path, prompts(s.program), bits, run_split)
+    metrics = check_parity(s.program, s.path, prompts(s.program), bits, SPLIT)
     assert metrics.routings > 1
     if s.whole is None:
         return
@@ -121,12 +122,12 @@ def test_split_is_the_program_and_the_whole_model(
 
 def test_another_program_fails_parity(split: Callable[[str, int], Split]) -> None:
     s = split("llama", 16)
-    program = tiny.clone(s.program)
+    program = s.program.copy()
     site = program.sites[0]
     assert site.routed is not None
     program.set_routed(site, replace(site.routed, router=-site.routed.router))
     with pytest.raises(CarveError) as e:
-        check_parity(program, s.path, prompts(program), 16, run_split)
+        check_parity(program, s.path, prompts(program), 16, SPLIT)
     assert e.value.code == "parity"
 
 
@@ -190,16 +191,109 @@ def test_locality_record(split: Callable[[str, int], Split]) -> None:
 def test_what_has_no_split_form(captured: Get, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none is carved"):
         emit_split(captured("llama").program, tmp_path, 16, [], {})
-    program = tiny.gate(tiny.route(captured("llama").program), "identity")
-    with pytest.raises(UserError, match="gates"):
-        emit_split(program, tmp_path, 16, [], {})
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("more", [["--skip", "0.25"], ["--budget", "1.0"], ["--skip", "auto"]])
-def test_refused_before_any_work(checkpoint: Path, tmp_path: Path, more: list[str]) -> None:
+def test_refused_before_any_work(checkpoint: Path, tmp_path: Path) -> None:
     argv = ["convert", str(checkpoint), "-o", str(tmp_path / "a"), "--target", "onnx-split"]
-    assert cli.main([*argv, *(more if "--budget" in more else ["--budget", "0.7", *more])]) == 2
+    assert cli.main([*argv, "--budget", "1.0"]) == 2
+
+
+def gated(program: Program, path: Path, bits: int) -> tuple[Path, Path]:
+    """Every block gated; its split form and its whole model."""
+    tiny.gate(tiny.route(program, top_k=3), "low_rank", "identity", "mean", "adapter")
+    (path / "split").mkdir()
+    seen = offload.watch(program, batches(program))
+    found = offload.fit_predictors(program, seen)
+    assert not found  # a stream that a gate changes is not to be had without it
+    assert all(c.any(1).mean() < 0.9 for c in seen.chosen)  # skipped tokens heat no expert
+    split = emit_split(program, path / "split", bits, offload.hotness(seen), found).path
+    return split, emit(program, path / "model.onnx", bits).path
+
+
+@pytest.mark.parametrize("name, bits", [("llama", 16), ("llama", 4), ("qwen3", 8)])
+def test_gates_are_those_of_the_whole_model(
+    name: str, bits: int, captured: Get, tmp_path: Path
+) -> None:
+    program = captured(name).program
+    path, model = gated(program, tmp_path, bits)
+    check_parity(program, path, prompts(program), bits, run_split)
+    whole, engine = Engine(model, "onnx-cpu", 1), engine_of(path)
+    assert set(engine.inputs) == set(whole.inputs)
+    assert engine.outputs.keys() == whole.outputs.keys()
+    assert engine.optional.keys() == whole.optional.keys() == {"gate_shift"}
+    asked = []
+    inner = engine.experts.run
+
+    def run(layer: int, x: np.ndarray, routes: np.ndarray) -> np.ndarray:
+        asked.append(len(x))
+        return inner(layer, x, routes)
+
+    engine.experts.run = run  # type: ignore[method-assign]
+    shared = [*prompts(program), tiny.decoder_inputs(program, tiny.token_ids(1, 1, seed=5))]
+    for inputs in shared:
+        feeds = {n: value(a) for n, a in feeds_of(program, inputs, list(whole.inputs)).items()}
+        tokens = inputs[0].numel()
+        for shift in (None, 1e20, -1e20):
+            if shift is not None:
+                feeds["gate_shift"] = value(np.full(4, shift, np.float32))
+            asked.clear()
+            got = engine.run_values(list(engine.outputs), feeds)
+            want = whole.run_values(list(engine.outputs), feeds)
+            for a, b in zip((v.numpy() for v in got), (v.numpy() for v in want), strict=True):
+                off, most = np.abs(a - b), np.abs(b).max()
+                # Sums in another order: an activation may fall to the next of int8's steps.
+                assert off.max() <= (1e-5 if bits == 16 else 0.05) * most
+            if tokens == 1 or shift == 1e20:  # a first token always runs
+                assert asked == [tokens, tokens]
+            elif shift is None:
+                assert min(asked) > 0 and max(asked) < tokens
+            else:
+                assert max(asked) <= 2 * len(inputs[0])
+    engine.close()
+
+
+@pytest.mark.parametrize("mode", ["token", "sequence", "off"])
+def test_modes_of_gates_in_a_session(mode: str, captured: Get, tmp_path: Path) -> None:
+    program = captured("llama").program
+    path, model = gated(program, tmp_path, 16)
+    _, heads, _, width = program.example[2].shape
+    gates = tuple(carve_runtime.GateInfo(b.name, 0.5) for b in program.gated)
+    info = carve_runtime.ModelInfo(
+        128, 64, None, (), len(program.attention), heads, width, True, None, False, gates
+    )
+    ids = tiny.token_ids(1, 30)[0].tolist()
+    engine = engine_of(path)
+    logits, skipped = [], []
+    for runner in (engine, Engine(model, "onnx-cpu", 1)):
+        check_decoder(runner, info)
+        session = carve_runtime.Session(runner, info, gates=mode, stats=True)
+        steps = [session.step(ids[:12]), *(session.step([i]) for i in ids[12:])]
+        logits.append(np.concatenate(steps))
+        skipped.append(session.gate_stats.skipped)
+    np.testing.assert_allclose(logits[0], logits[1], atol=2e-5)
+    assert skipped[0] == skipped[1]
+    assert (sum(skipped[0]) > 0.5) == (mode != "off")
+    engine.close()
+
+
+def test_a_shut_gate_reads_no_expert(captured: Get, tmp_path: Path) -> None:
+    program = captured("llama").program
+    path, _ = gated(program, tmp_path, 4)
+    engine = engine_of(path)
+    inputs = tiny.decoder_inputs(program, tiny.token_ids(1, 8))
+    names = list(engine.inputs)
+    _, *cache = engine.run(feeds_of(program, inputs, names))[: 1 + 2 * len(program.sites)]
+    before = engine.experts.stats.hits
+    late = tiny.decoder_inputs(program, tiny.token_ids(1, 1), [torch.from_numpy(c) for c in cache])
+    feeds = {n: value(a) for n, a in feeds_of(program, late, names).items()}
+    feeds["gate_shift"] = value(np.full(4, -1e20, np.float32))
+    assert np.isfinite(engine.run_values(["logits"], feeds)[0].numpy()).all()
+    assert engine.experts.stats.hits == before
+    feeds["gate_shift"] = value(np.full(4, 1e20, np.float32))
+    engine.run_values(["logits"], feeds)
+    assert engine.experts.stats.hits > before
+    engine.close()
 
 
 def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +326,10 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run("--shards", "3")[1]["text"] == want
     code, _, err = run("--memory", "10KB")
     assert code == 2 and "at least" in err and "Traceback" not in err
-    assert run("--memory", "1GB", "--shards", "2")[0] == 2
+    code, both, _ = run("--memory", "4MB", "--shards", "2", "--stats")
+    assert (code, both["text"]) == (0, want)
+    assert isinstance(both["experts"], dict)
+    assert both["experts"]["tokens"] == experts["tokens"]
     assert cli.main(["run", str(out), "--prompt", "a", "--memory", "4MB", "--stats"]) == 0
     assert "hit_rate" in capsys.readouterr().err
     with carve_runtime.load(out, target="onnx-split", threads=1) as model:

@@ -179,7 +179,7 @@ def test_the_first_tokens_always_run(captured: Get) -> None:
 
 def test_a_gated_site_can_still_be_carved(captured: Get) -> None:
     c = captured("llama")
-    want = tiny.route(tiny.clone(c.program)).run(*c.inputs, gates=False)[0]
+    want = tiny.route(c.program.copy()).run(*c.inputs, gates=False)[0]
     program = tiny.route(tiny.gate(c.program, "low_rank"))
     torch.testing.assert_close(program.run(*c.inputs, gates=False)[0], want)
     site = program.sites[0]

@@ -64,7 +64,7 @@ class Setting:
     def run(
         self, *names: str, seed: int = 0, split: Split = SPLIT
     ) -> tuple[Program, Context, list[Any]]:
-        program = tiny.clone(self.program)
+        program = self.program.copy()
         context = self.context(program, seed, split)
         manager = PassManager([PASSES[n]() for n in names])
         return program, context, manager(program, context)
@@ -256,7 +256,7 @@ def weighted_error(site: FFNSite, x: Tensor) -> float:
 
 def test_compensation_lowers_the_weighted_error(setting: Setting) -> None:
     before, context, _ = setting.run("profile", "carve", "route_ridge")
-    after = tiny.clone(before)
+    after = before.copy()
     fit = Compensate(CompensateConfig(judge=False))
     (result,) = PassManager([fit])(after, context)
     for plain, site in zip(before.sites, after.sites, strict=True):
@@ -287,14 +287,14 @@ def test_compensation_keeps_every_expert_on_equal_to_dense(setting: Setting) -> 
 def test_judged_compensation_is_kept_only_where_it_helps(setting: Setting) -> None:
     before, context, _ = setting.run("profile", "carve", "route_ridge")
     assert context.judge is not None
-    judged = tiny.clone(before)
+    judged = before.copy()
     (result,) = PassManager([PASSES["compensate"]()])(judged, context)
     assert context.judge(judged) <= context.judge(before)
     for site in judged.sites:
         assert site.routed is not None
         assert (site.routed.expert_bias is not None) == result.metrics["kept"][site.name]
     # A judge that never sees an improvement keeps nothing.
-    refused = tiny.clone(before)
+    refused = before.copy()
     never = replace(context, judge=lambda program, ffns=None: 1.0)
     (result,) = PassManager([PASSES["compensate"]()])(refused, never)
     assert not any(result.metrics["kept"].values())
@@ -350,7 +350,7 @@ def test_verifier_runs_after_each_pass(setting: Setting) -> None:
             assert site.routed is not None
             program.set_routed(site, replace(site.routed, shared_down=2 * site.routed.shared_down))
 
-    program = tiny.clone(setting.program)
+    program = setting.program.copy()
     passes = [PASSES["profile"](), PASSES["carve"](), Spoil(None)]
     with pytest.raises(ContractError) as e:
         PassManager(passes)(program, setting.context(program))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ class Carved:
         return Context(self.batches, self.inputs, Request(0.0), splits, **more)
 
     def quantized(self, config: QuantizeConfig | None = None, **more: Any) -> tuple[Program, Any]:
-        program = tiny.clone(self.program)
+        program = self.program.copy()
         p = Quantize(config or QuantizeConfig(tokens=2_000))
         (result,) = PassManager([p])(program, self.context(**{"bits": 4, **more}))
         return program, result.metrics
@@ -228,6 +230,23 @@ def test_emitted_as_it_was_fitted(
     assert [p.name for p in tmp_path.iterdir() if "probe" in p.name] == []
 
 
+def test_an_expert_that_no_token_takes_is_checked_too(
+    captured: Callable[[str], tiny.Captured], tmp_path: Path
+) -> None:
+    found = captured("bert")
+    site = found.program.sites[0]
+    routed = tiny.random_routed(site, dynamic=True)
+    assert routed.router_bias is not None
+    starved = routed.router_bias.clone()
+    starved[1] = -1e6
+    found.program.set_routed(site, replace(routed, router_bias=starved))
+    emit(found.program, tmp_path / "m.onnx", 8)
+    model = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    nodes = [n for n in model.graph.node if n.op_type in ("MatMulNBits", "QMoE")]
+    feeds = feeds_of(found.program, found.inputs, [*found.program.inputs, "attention_mask"])
+    assert check_nodes(tmp_path / "m.onnx", feeds).nodes == len(nodes)
+
+
 def test_a_damaged_weight_is_found(
     carved: Carved, four: tuple[Program, Any], tmp_path: Path
 ) -> None:
@@ -261,7 +280,7 @@ def test_a_kernel_that_computes_otherwise_is_found(
 
 
 def choose(carved: Carved, **limits: float) -> tuple[dict[str, Widths], Any]:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     names = {"bits": BITS, "bytes": BYTES, "reads": READS}
     context = carved.context(limits={names[k]: v for k, v in limits.items()})
     config = ChooseWidthsConfig(tokens=128)
@@ -314,7 +333,7 @@ def test_smoothing_is_folded_away(name: str) -> None:
 
 
 def test_smoothing_pays_where_channels_are_unequal(carved: Carved) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     (result,) = PassManager([Smooth(SmoothConfig(tokens=512))])(program, carved.context(bits=4))
     assert all(g <= 1 for g in result.metrics["gain"].values())
     assert carved.loss(program) < 1e-4
@@ -339,7 +358,7 @@ def test_blocks_of_128_where_all_widths_are_multiples(carved: Carved) -> None:
 def test_widths_that_are_no_whole_blocks_are_left_to_the_emitter(
     carved: Carved, tmp_path: Path
 ) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     site = program.carved[1]
     program.set_routed(site, tiny.random_routed(site, num_experts=4, expert_size=24))
     kept = site.routed
@@ -366,7 +385,7 @@ def test_contracts(carved: Carved, four: tuple[Program, Any]) -> None:
 
 
 def test_a_tied_head_and_table_part(carved: Carved) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     (lookup,) = program.lookups
     head = program.linears[-1]
     shared = lookup.weight
@@ -381,7 +400,7 @@ def test_a_tied_head_and_table_part(carved: Carved) -> None:
 
 
 def test_twin_walk_of_an_unchanged_program_has_nothing_to_mend(carved: Carved) -> None:
-    program = tiny.clone(carved.program)
+    program = carved.program.copy()
     walk = twin_walk(program, carved.batches[:1], lambda: torch.nn.functional.linear)
     seen = []
     lesson = next(walk)

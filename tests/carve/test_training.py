@@ -57,7 +57,7 @@ class Routed:
         self.batches, judged = hold_back(batches, 512)
         self.judge = Evaluator(self.dense, judged)
         self.inputs = SiteInputs.collect(self.dense, self.batches)
-        self.program = tiny.clone(self.dense)
+        self.program = self.dense.copy()
         self.run(self.program, Profile(ProfileConfig()), Carve(CarveConfig(tokens=512)))
         self.run(self.program, RouteRidge(RouteRidgeConfig()))
 
@@ -71,7 +71,7 @@ class Routed:
         return PassManager(passes)(program, self.context(**more))
 
     def copy(self) -> Program:
-        return tiny.clone(self.program)
+        return self.program.copy()
 
 
 @pytest.fixture(scope="module")

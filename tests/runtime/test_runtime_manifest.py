@@ -13,6 +13,7 @@ import carve_runtime
 import onnx
 import pytest
 from carve_runtime import ArtifactError
+from carve_runtime.files import MAX_JSON
 from tiny_artifacts import read_manifest, write_manifest
 
 
@@ -124,7 +125,7 @@ def test_not_a_manifest(copy: Path, content: bytes) -> None:
 
 def test_huge_manifest(copy: Path) -> None:
     with (copy / "manifest.json").open("r+b") as file:
-        file.seek(carve_runtime.manifest.MAX_MANIFEST_BYTES)
+        file.seek(MAX_JSON)
         file.write(b" ")
     assert "larger" in refused(copy, "bad-manifest").message
 

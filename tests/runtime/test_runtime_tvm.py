@@ -171,6 +171,7 @@ def test_a_library_that_is_none(copy: Path) -> None:
         ({"functions": {"decode": ["lost"], "prefill": []}}, "lost"),
         ({"inputs": [{"name": "input_ids", "dtype": "object", "shape": []}]}, "types"),
         ({"inputs": [{"name": "x", "dtype": "tensor(int64)", "shape": [-1]}]}, "shape"),
+        ({"inputs": [{"name": "x", "dtype": ["tensor(int64)"], "shape": []}]}, "types"),
         ({"outputs": []}, "logits"),
     ],
 )
@@ -236,6 +237,7 @@ def _header(path: Path, value: Any, length: int | None = None) -> None:
         ({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0]}}, None),
         ({"a": {"dtype": "U8", "shape": [2**40, 2**40, 0], "data_offsets": [0, True]}}, None),
         ({"a": 3}, None),
+        ({"a": {"dtype": ["U8"], "shape": [0], "data_offsets": [0, 0]}}, None),
     ],
 )
 def test_unsound_tensors(tmp_path: Path, header: Any, length: int | None) -> None:

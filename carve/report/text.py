@@ -8,6 +8,7 @@ from typing import Any
 
 def table(rows: list[list[str]]) -> str:
     """Rows as aligned columns: the first left, the others right; a rule under the head."""
+    rows = [[_printable(cell) for cell in r] for r in rows]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
 
     def line(row: list[str]) -> str:
@@ -20,6 +21,11 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(
         [line(rows[0]), "  ".join("-" * w for w in widths), *(line(r) for r in rows[1:])]
     )
+
+
+def _printable(text: str) -> str:
+    """Names come from files: nothing of them may steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _number(value: Any, digits: int = 3) -> str:
@@ -87,7 +93,7 @@ def render(report: dict[str, Any]) -> str:
     lines += _gates(report)
     lines += _widths(report)
     lines += _placement(report)
-    return "\n".join(lines)
+    return "\n".join(_printable(line) for text in lines for line in text.split("\n"))
 
 
 def _placement(report: dict[str, Any]) -> list[str]:
