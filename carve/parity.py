@@ -109,9 +109,7 @@ def run_split(
         engine.close()
 
 
-def run_tvm(
-    path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]
-) -> list[list[Any]]:
+def run_tvm(path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]) -> list[list[Any]]:
     """All results of a model that TVM compiled, whose index ``path`` is, for each prompt."""
     from carve_runtime.tvm_engine import TvmEngine
     from carve_runtime.tvm_index import read_tvm_index

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carve_runtime.engine import Runner, value
+from carve_runtime.engine import OnnxRunner, Runner, value
 from carve_runtime.errors import ArtifactError, RequestError, out_of_memory
 from carve_runtime.gates import BARS, SCORES, SHIFT, Gates, GateStats
 from carve_runtime.manifest import ModelInfo
@@ -84,7 +84,7 @@ class Session:
     """
 
     def __init__(
-        self, engine: Runner, info: ModelInfo, *, gates: str = "token", stats: bool = False
+        self, engine: OnnxRunner, info: ModelInfo, *, gates: str = "token", stats: bool = False
     ) -> None:
         self._engine, self._info = engine, info
         self._gates = Gates(info.gates, gates)

@@ -68,7 +68,7 @@ def _ports(args: Sequence[Any]) -> dict[str, Port]:
 
 
 class Runner(Protocol):
-    """What `carve_runtime.Model` runs, in one session or in many."""
+    """What `carve_runtime.Model` runs, in whatever engine."""
 
     inputs: dict[str, Port]
     outputs: dict[str, Port]
@@ -77,6 +77,14 @@ class Runner(Protocol):
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """See `Engine.run`."""
         ...
+
+    def close(self) -> None:
+        """Let go of what does not end by itself."""
+        ...
+
+
+class OnnxRunner(Runner, Protocol):
+    """onnxruntime, in one session or in many."""
 
     def run_values(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
         """See `Engine.run_values`."""
@@ -92,10 +100,6 @@ class Runner(Protocol):
 
     def place(self, array: NDArray[Any]) -> Any:
         """See `Engine.place`."""
-        ...
-
-    def close(self) -> None:
-        """Let go of what does not end by itself."""
         ...
 
 

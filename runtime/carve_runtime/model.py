@@ -270,8 +270,9 @@ class Model:
             RequestError: ``kind`` when this is not a decoder, ``argument`` for unknown ``gates``.
         """
         self._require("decoder", "start")
-        kind = TvmSession if isinstance(self._engine, TvmEngine) else Session
-        return kind(self._engine, self.manifest.model, gates=gates, stats=stats)
+        engine: Any = self._engine
+        kind = TvmSession if isinstance(engine, TvmEngine) else Session
+        return kind(engine, self.manifest.model, gates=gates, stats=stats)
 
     def logits(self, ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits float32 [S, V] after each of the token ids [S], in one pass.

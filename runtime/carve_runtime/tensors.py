@@ -18,7 +18,7 @@ from carve_runtime.errors import ArtifactError
 from carve_runtime.files import FileError, open_regular, parse_json
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),

@@ -61,14 +61,15 @@ def _ports(raw: Any, what: str) -> dict[str, Port]:
         raise _bad(f"{what} must be a list")
     found = {}
     for item in raw:
-        entry = item if isinstance(item, dict) else {}
+        entry: dict[str, Any] = item if isinstance(item, dict) else {}
         name, dtype, shape = (entry.get(k) for k in ("name", "dtype", "shape"))
-        sound = isinstance(name, str) and str(dtype) in DTYPES and isinstance(shape, list)
-        if not sound or len(shape) > 8:
+        if not isinstance(name, str) or str(dtype) not in DTYPES or not isinstance(shape, list):
             raise _bad(f"{what} must have names, known types and shapes")
-        if not all(d is None or (type(d) is int and 0 <= d < 2**31) for d in shape):
+        if len(shape) > 8 or not all(
+            d is None or (type(d) is int and 0 <= d < 2**31) for d in shape
+        ):
             raise _bad(f"{name!r:.60} has an unsound shape")
-        found[str(name)] = Port(str(name), str(dtype), tuple(shape))
+        found[name] = Port(name, str(dtype), tuple(shape))
     return found
 
 

@@ -73,7 +73,8 @@ def aligned(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(kind).reshape(shape)
+    array: NDArray[Any] = raw[start : start + size].view(kind).reshape(shape)
+    return array
 
 
 def is_aligned(array: NDArray[Any]) -> bool:

@@ -10,6 +10,7 @@ from tvm.relax import op
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from carve.emit.tvm import patterns
+from carve.emit.tvm.patterns import Node
 from carve.emit.tvm.products import is_number, same_size
 from carve.errors import CarveError
 
@@ -21,13 +22,15 @@ class Arranging(ExportedProgramImporter):  # type: ignore[misc]
         """Bind a value."""
         return self.block_builder.emit(value)
 
-    def _cut(self, n: fx.Node) -> Any:
+    def _cut(self, n: Node) -> Any:
         """``x[..., start:stop:step]``; a stop that is no number is within the axis."""
-        x, axis, start, stop, step = (*n.args, *(0, 0, None, 1)[len(n.args) - 1 :])
+        more: tuple[Any, ...] = (0, 0, None, 1)
+        given = tuple(n.args)
+        x, axis, start, stop, step = given + more[len(given) - 1 :]
         value = self.env[x]
-        axis = int(axis) % len(value.ty.shape)  # type: ignore[call-overload]
+        axis = int(axis) % len(value.ty.shape)
         size = value.ty.shape[axis]
-        ends = []
+        ends: list[Any] = []
         for end, default in ((start, 0), (stop, size)):
             end = self.env[end] if isinstance(end, fx.Node) else end
             if end is None or (isinstance(end, int) and end >= (1 << 62)):
@@ -49,9 +52,9 @@ class Arranging(ExportedProgramImporter):  # type: ignore[misc]
 
         return self.block_builder.emit_te(cut, value)
 
-    def _our_reshape(self, n: fx.Node) -> Any:
+    def _our_reshape(self, n: Node) -> Any:
         value = self.env[n.args[0]]
-        sizes = [self.env[s] if isinstance(s, fx.Node) else s for s in n.args[1]]  # type: ignore[union-attr]
+        sizes = [self.env[s] if isinstance(s, fx.Node) else s for s in n.args[1]]
         have = list(value.ty.shape)
         free = [i for i, s in enumerate(sizes) if isinstance(s, int) and s == -1]
         if free:
@@ -82,10 +85,10 @@ class Arranging(ExportedProgramImporter):  # type: ignore[misc]
             return value
         return self.emit(op.reshape(value, sizes))
 
-    def _our_index(self, n: fx.Node) -> Any:
+    def _our_index(self, n: Node) -> Any:
         """``x[i, j, ...]`` with an index tensor for every axis."""
         x, indices = self.env[n.args[0]], n.args[1]
-        if len(indices) != len(x.ty.shape) or any(i is None for i in indices):  # type: ignore[arg-type, union-attr]
+        if len(indices) != len(x.ty.shape) or any(i is None for i in indices):
             raise CarveError("emit", f"{n.name}: this indexing has no translation to TVM")
 
         def take(x: te.Tensor, *index: te.Tensor) -> te.Tensor:
@@ -112,22 +115,22 @@ class Arranging(ExportedProgramImporter):  # type: ignore[misc]
 
             return te.compute(shape, at)
 
-        return self.block_builder.emit_te(take, x, *(self.env[i] for i in indices))  # type: ignore[union-attr]
+        return self.block_builder.emit_te(take, x, *(self.env[i] for i in indices))
 
-    def _our_ones(self, n: fx.Node) -> Any:
+    def _our_ones(self, n: Node) -> Any:
         dtype = self._convert_data_type(n.meta["val"].dtype)
-        sizes = [self.env[s] if isinstance(s, fx.Node) else s for s in n.args[1]]  # type: ignore[union-attr]
+        sizes = [self.env[s] if isinstance(s, fx.Node) else s for s in n.args[1]]
         return self.emit(op.full(sizes, relax.const(1, dtype), dtype))
 
-    def _our_gather(self, n: fx.Node) -> Any:
+    def _our_gather(self, n: Node) -> Any:
         return self.emit(
-            op.gather_elements(self.env[n.args[0]], self.env[n.args[2]], axis=int(n.args[1]))  # type: ignore[call-overload]
+            op.gather_elements(self.env[n.args[0]], self.env[n.args[2]], axis=int(n.args[1]))
         )
 
-    def _our_size(self, n: fx.Node) -> Any:
+    def _our_size(self, n: Node) -> Any:
         return self.env[n.args[0]].ty.shape[n.args[1]]
 
-    def _to_device(self, n: fx.Node) -> Any:
+    def _to_device(self, n: Node) -> Any:
         if patterns.passes_through(n):
             return self.env[n.args[0]]
         return self.emit(op.astype(self.env[n.args[0]], self._convert_data_type(n.args[2])))

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
 from tvm import relax, te, tirx
 from tvm.relax import op
-from tvm.script import tirx as T
 
-from carve.emit.tvm.products import OPAQUE, same_size
+from carve.emit.tvm import sequence
+from carve.emit.tvm.patterns import Node
+from carve.emit.tvm.products import same_size
 from carve.errors import CarveError
 from carve.sites import AttentionSite, Block, Gate
 
@@ -44,7 +44,7 @@ class Gating:
         join = [self.t.emit(op.concat(v, -1)) for v in (self.scores, self.bars)]
         return join
 
-    def node(self, n: fx.Node, block: Block) -> None:
+    def node(self, n: Node, block: Block) -> None:
         """Translate a gated block at its gate."""
         t, gate = self.t, block.gate
         if gate is None:
@@ -85,9 +85,9 @@ class Gating:
 
     def _one(
         self,
-        n: fx.Node,
+        n: Node,
         condition: relax.Expr,
-        region: Sequence[fx.Node],
+        region: Sequence[Node],
         x: relax.Expr,
         block: Block,
     ) -> relax.Expr:
@@ -100,7 +100,7 @@ class Gating:
         branches = self._branch(run), self._branch(lambda: self._bridge(x, block))
         return t.emit(relax.If(condition, *branches))
 
-    def _inside(self, region: Sequence[fx.Node], block: Block, position: Any) -> None:
+    def _inside(self, region: Sequence[Node], block: Block, position: Any) -> None:
         attention = block.attention if isinstance(block, AttentionSite) else None
         for inner in region:
             if inner is attention:
@@ -110,9 +110,9 @@ class Gating:
 
     def _some(
         self,
-        n: fx.Node,
+        n: Node,
         rows: tuple[relax.Expr, relax.Expr],
-        region: Sequence[fx.Node],
+        region: Sequence[Node],
         x: relax.Expr,
         block: Block,
     ) -> relax.Expr:
@@ -155,25 +155,7 @@ class Gating:
 
     def _rows(self, score: relax.Expr, bar: relax.Expr) -> tuple[relax.Expr, relax.Expr]:
         """The tokens that run, in order at the front of ``[S]``, and how many they are, ``[1]``."""
-
-        def make() -> Any:
-            @T.prim_func(private=True)
-            def rows(sp: T.handle, bp: T.handle, wp: T.handle, count: T.Buffer((1,), "int64")):
-                T.func_attr({"op_pattern": OPAQUE, "tirx.noalias": True})
-                s = T.int64()
-                score = T.match_buffer(sp, (1, s, 1), "float32")
-                bar = T.match_buffer(bp, (1, s, 1), "float32")
-                which = T.match_buffer(wp, (s,), "int64")
-                count[0] = T.int64(0)
-                for i in range(s):
-                    which[i] = T.int64(0)
-                    if score[0, i, 0] > bar[0, i, 0]:
-                        which[count[0]] = i
-                        count[0] = count[0] + T.int64(1)
-
-            return rows
-
-        gv = self.t.products.kernel("rows", "rows", make)
+        gv = self.t.products.kernel("running", "running", sequence.running)
         made = self.t.emit(
             op.call_tir(
                 gv,
@@ -190,21 +172,8 @@ class Gating:
         """``base`` with rows put in place."""
         width = int(rows.ty.shape[2])
 
-        def make() -> Any:
-            @T.prim_func(private=True)
-            def put(rp: T.handle, wp: T.handle, bp: T.handle):
-                T.func_attr({"op_pattern": OPAQUE, "tirx.noalias": True})
-                r = T.int64()
-                s = T.int64()
-                rows = T.match_buffer(rp, (1, r, width), "float32")
-                which = T.match_buffer(wp, (s,), "int64")
-                base = T.match_buffer(bp, (1, s, width), "float32")
-                for i, j in T.grid(r, width):
-                    base[0, which[i], j] = rows[0, i, j]
-
-            return put
-
-        gv = self.t.products.kernel(("put", width), "put", make)
+        cpu = self.t.products.cpu
+        gv = self.t.products.kernel(("put", width), "put", lambda: sequence.put(width, cpu))
         return self.t.emit(op.call_tir_inplace(gv, relax.Tuple([rows, which, base]), [2], base.ty))
 
     def _bridge(self, x: relax.Expr, block: Block) -> relax.Expr:

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from carve.match import get_tensor
 
 aten = torch.ops.aten
+Node = Any
+"""An FX node: by its declared type each argument may be any of twenty kinds."""
 _SLICE = aten.slice.Tensor
 _SAME = {aten.type_as.default, aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default}
 
@@ -23,8 +25,8 @@ _SAME = {aten.type_as.default, aten.to.dtype, aten.to.dtype_layout, aten.contigu
 class RMSNorm:
     """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis."""
 
-    x: fx.Node
-    weight: fx.Node
+    x: Node
+    weight: Node
     epsilon: float
 
 
@@ -35,9 +37,9 @@ class Rotary:
     ``x`` ``[B, H, S, D]``; ``cos`` and ``sin`` ``[B, S, width]``; halves are ``width / 2`` apart.
     """
 
-    x: fx.Node
-    cos: fx.Node
-    sin: fx.Node
+    x: Node
+    cos: Node
+    sin: Node
     width: int
 
 
@@ -45,20 +47,19 @@ def _is(node: Any, target: Any, count: int = 0) -> bool:
     return isinstance(node, fx.Node) and node.target is target and len(node.args) >= count
 
 
-def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
-    """Shape of a node's value, None where it is no tensor."""
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else None
+def _shape(node: Any) -> tuple[Any, ...]:
+    """Shape of a node's value, empty where it is no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _ndim(node: Any) -> int:
-    shape = shape_of(node) if isinstance(node, fx.Node) else None
-    return -1 if shape is None else len(shape)
+    return len(_shape(node))
 
 
-def constants(graph: fx.Graph, module: fx.GraphModule) -> dict[fx.Node, Tensor]:
+def constants(graph: fx.Graph, module: fx.GraphModule) -> dict[Node, Tensor]:
     """The values of nodes that depend on stored tensors alone, the stored ones included."""
-    known: dict[fx.Node, Tensor] = {}
+    known: dict[Node, Tensor] = {}
     for n in graph.nodes:
         if n.op == "get_attr":
             value = get_tensor(module, n)
@@ -74,12 +75,12 @@ def constants(graph: fx.Graph, module: fx.GraphModule) -> dict[fx.Node, Tensor]:
     return known
 
 
-def _two_ways(node: fx.Node) -> Iterable[tuple[Any, Any]]:
+def _two_ways(node: Node) -> Iterable[tuple[Any, Any]]:
     a, b = node.args[:2]
     return (a, b), (b, a)
 
 
-def rms_norm(node: fx.Node, known: dict[fx.Node, Tensor]) -> RMSNorm | None:
+def rms_norm(node: Node, known: dict[Node, Tensor]) -> RMSNorm | None:
     """The norm whose result is ``node``."""
     if not _is(node, aten.mul.Tensor, 2):
         return None
@@ -106,7 +107,7 @@ def rms_norm(node: fx.Node, known: dict[fx.Node, Tensor]) -> RMSNorm | None:
     return None
 
 
-def _last_axis(node: fx.Node, axis: Any) -> bool:
+def _last_axis(node: Node, axis: Any) -> bool:
     return axis in (-1, _ndim(node) - 1)
 
 
@@ -115,19 +116,19 @@ def _is_slice(node: Any) -> bool:
     return _is(node, _SLICE, 4) and node.args[4:] in ((), (1,))
 
 
-def _piece(node: Any, x: fx.Node, start: int, stop: int | None) -> bool:
+def _piece(node: Any, x: Node, start: int, stop: int | None) -> bool:
     """Whether ``node`` is ``x[..., start:stop]``; None stops at the end."""
     if not _is_slice(node) or node.args[0] is not x or not _last_axis(x, node.args[1]):
         return False
-    width = shape_of(x)[-1]  # type: ignore[index]
+    width = _shape(x)[-1]
     end = min(int(node.args[3]), int(width)) if isinstance(node.args[3], int) else -1
     return node.args[2] == start and end == (width if stop is None else stop)
 
 
-def _table(node: Any) -> fx.Node | None:
+def _table(node: Any) -> Node | None:
     """``[B, S, width]`` behind ``[B, 1, S, width]``."""
     if _is(node, aten.unsqueeze.default, 2) and node.args[1] == 1 and _ndim(node.args[0]) == 3:
-        return node.args[0]  # type: ignore[no-any-return]
+        return node.args[0]
     return None
 
 
@@ -142,7 +143,7 @@ def _turned(node: Any) -> Rotary | None:
         halves, sin = crossed.args
         if not isinstance(x, fx.Node) or not _is(halves, aten.cat.default, 2):
             continue
-        width = int(shape_of(x)[-1])  # type: ignore[index]
+        width = int(_shape(x)[-1])
         parts, axis = halves.args
         if len(parts) != 2 or not _last_axis(halves, axis) or width % 2:
             continue
@@ -154,13 +155,13 @@ def _turned(node: Any) -> Rotary | None:
             and _piece(first, x, 0, width // 2)
             and tables[0] is not None
             and tables[1] is not None
-            and shape_of(tables[0])[-1] == width  # type: ignore[index]
+            and _shape(tables[0])[-1] == width
         ):
             return Rotary(x, tables[0], tables[1], width)
     return None
 
 
-def rotary(node: fx.Node) -> Rotary | None:
+def rotary(node: Node) -> Rotary | None:
     """The rotary embedding whose result is ``node``, over all or the first part of a head."""
     if not _is(node, aten.cat.default, 2):
         return _turned(node)
@@ -182,25 +183,24 @@ def rotary(node: fx.Node) -> Rotary | None:
     return None
 
 
-def is_head_swap(node: fx.Node) -> bool:
+def is_head_swap(node: Node) -> bool:
     """Whether ``node`` swaps the axes 1 and 2 of four."""
     return (
         _is(node, aten.transpose.int, 3)
         and _ndim(node) == 4
-        and {int(a) % 4 for a in node.args[1:3]} == {1, 2}  # type: ignore[arg-type]
+        and {int(a) % 4 for a in node.args[1:3]} == {1, 2}
     )
 
 
-def passes_through(node: fx.Node) -> bool:
+def passes_through(node: Node) -> bool:
     """Whether a node gives its first argument as it is, on one device and in one dtype."""
     if node.target is aten.to.device:
         return _dtype(node) == _dtype(node.args[0])
     if node.target in _SAME:
         return _dtype(node) == _dtype(node.args[0])
     if _is_slice(node):
-        shape = shape_of(node.args[0])  # type: ignore[arg-type]
         full = isinstance(node.args[3], int) and node.args[3] >= (1 << 62)
-        return node.args[2] == 0 and full and shape is not None
+        return node.args[2] == 0 and full
     return False
 
 
@@ -209,7 +209,7 @@ def _dtype(node: Any) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def head_product(output: fx.Node) -> fx.Node | None:
+def head_product(output: Node) -> Node | None:
     """The linear behind a decoder's logits, where each row of them depends on its own row alone."""
     node = output
     while isinstance(node, fx.Node) and node.target is not aten.linear.default:

@@ -102,12 +102,13 @@ class Products:
     def arrays(self, name: str, arrays: Sequence[Array], pack: Callable[[], Packed]) -> list[Any]:
         """Packed arrays as parameters of the running function."""
         packing = Packing(pack)
-        return [
-            self.params.add(
-                f"{name}.{a.name}", lambda a=a: packing.take(a.name), (a.size,), a.dtype
+
+        def add(a: Array) -> Any:
+            return self.params.add(
+                f"{name}.{a.name}", lambda: packing.take(a.name), (a.size,), a.dtype
             )
-            for a in arrays
-        ]
+
+        return [add(a) for a in arrays]
 
     def alike(self, weights: Sequence[Tensor]) -> bool:
         """Whether one product can take these weights."""

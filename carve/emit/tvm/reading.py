@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from carve.emit.tvm import patterns
+from carve.emit.tvm.patterns import Node
 from carve.program import Program
 from carve.sites import AttentionSite, Block
 
@@ -26,8 +27,8 @@ class Reading:
         graph = program.module.graph
         self.program = program
         self.constants = patterns.constants(graph, program.module)
-        self.norms: dict[fx.Node, patterns.RMSNorm] = {}
-        self.rotaries: dict[fx.Node, patterns.Rotary] = {}
+        self.norms: dict[Node, patterns.RMSNorm] = {}
+        self.rotaries: dict[Node, patterns.Rotary] = {}
         for n in graph.nodes:
             norm, turned = patterns.rms_norm(n, self.constants), patterns.rotary(n)
             if norm is not None:
@@ -37,7 +38,7 @@ class Reading:
         self.sites = {s.output: s for s in program.sites if s.routed is not None}
         self.blocks = {b.gate_node: b for b in program.gated}
         results: Any = graph.output_node().args[0]
-        self.results: list[fx.Node] = list(results)
+        self.results: list[Node] = list(results)
         self.head = patterns.head_product(self.results[0]) if program.kind == "decoder" else None
         self.needed = self._needed(graph)
         self.regions = {g: self._region(b) for g, b in self.blocks.items() if g is not None}
@@ -45,7 +46,7 @@ class Reading:
         inside = {n for region in self.regions.values() for n in region}
         self.needed = [n for n in self.needed if n not in inside]
 
-    def uses(self, n: fx.Node) -> list[fx.Node]:
+    def uses(self, n: Node) -> list[Node]:
         """The nodes whose values ``n`` is computed from."""
         if n in self.constants:
             return []
@@ -55,25 +56,25 @@ class Reading:
             r = self.rotaries[n]
             return [r.x, r.cos, r.sin]
         if n.target is ROUTED:
-            return [n.args[0]]  # type: ignore[list-item]
+            return [n.args[0]]
         if n.target is GATED:
-            return list(n.args[:3])  # type: ignore[arg-type]
+            return list(n.args[:3])
         return [i for i in n.all_input_nodes if i not in self.constants]
 
-    def uses_inside(self, n: fx.Node, block: Block) -> list[fx.Node]:
+    def uses_inside(self, n: Node, block: Block) -> list[Node]:
         """As `uses`, but a gated attention's keys and values are outside of its gate."""
         inside = isinstance(block, AttentionSite) and n is block.attention
-        return [n.args[0]] if inside else self.uses(n)  # type: ignore[list-item]
+        return [n.args[0]] if inside else self.uses(n)
 
-    def _region(self, block: Block) -> list[fx.Node]:
-        found: set[fx.Node] = set()
+    def _region(self, block: Block) -> list[Node]:
+        found: set[Node] = set()
         stack = [block.output]
         while stack:
             n = stack.pop()
             if n not in found and n is not block.input:
                 found.add(n)
                 stack += self.uses_inside(n, block)
-        region: dict[fx.Node, None] = {}
+        region: dict[Node, None] = {}
         for n in self.needed:
             if n in found and any(
                 u is block.input or u in region for u in self.uses_inside(n, block)
@@ -81,7 +82,7 @@ class Reading:
                 region[n] = None
         return list(region)
 
-    def _needed(self, graph: fx.Graph) -> list[fx.Node]:
+    def _needed(self, graph: fx.Graph) -> list[Node]:
         wanted = set(self.results)
         for n in reversed(graph.nodes):
             if n in wanted:

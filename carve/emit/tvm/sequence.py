@@ -282,3 +282,42 @@ def attend(
         longest = bind(tirx.Cast("int32", position[n - _int(1)]) + _int(1))
         _each(n * groups, longest * n * (heads * width * 2), task)
     return made()
+
+
+def running() -> Any:
+    """The tokens whose score is above their bar, in order, and how many they are.
+
+    A PrimFunc ``(score [1, n, 1], bar [1, n, 1], which [n], count [1])``, the last two int64.
+    """
+    with _function("running") as made:
+        rows = tirx.Var("n", "int64")
+        score = T.arg("score", T.buffer((1, rows, 1), "float32"))
+        bar = T.arg("bar", T.buffer((1, rows, 1), "float32"))
+        which = T.arg("which", T.buffer((rows,), "int64"))
+        count = T.arg("count", T.buffer((1,), "int64"))
+        T.buffer_store(count, tirx.const(0, "int64"), [0])
+        with T.serial(0, rows) as i:
+            T.buffer_store(which, tirx.const(0, "int64"), [i])
+            with T.If(score[0, i, 0] > bar[0, i, 0]), T.Then():
+                at = bind(count[0])
+                T.buffer_store(which, i, [at])
+                T.buffer_store(count, at + tirx.const(1, "int64"), [0])
+    return made()
+
+
+def put(width: int, cpu: Cpu) -> Any:
+    """Rows put over some of a base's, in place.
+
+    A PrimFunc ``(rows [1, r, d], which [n], base [1, n, d])``.
+    """
+    lanes = _wide(width, cpu)
+    with _function("put") as made:
+        some, whole = tirx.Var("r", "int64"), tirx.Var("n", "int64")
+        rows = T.arg("rows", T.buffer((1, some, width), "float32"))
+        which = T.arg("which", T.buffer((whole,), "int64"))
+        base = T.arg("base", T.buffer((1, whole, width), "float32"))
+        with T.serial(0, some) as i:
+            at = bind(which[i])
+            with T.serial(0, width // lanes) as j:
+                store(base, [0, at, j * lanes], load(rows, [0, i, j * lanes], lanes), lanes)
+    return made()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from tvm import relax, te
 from tvm.relax import op
 
@@ -16,6 +16,7 @@ from carve.emit.tvm.arranging import Arranging
 from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.layers import Layers
 from carve.emit.tvm.params import Parameters
+from carve.emit.tvm.patterns import Node
 from carve.emit.tvm.products import Products
 from carve.emit.tvm.reading import ATTENTION, GATED, ROUTED, Reading
 from carve.emit.tvm.routed import routed
@@ -24,17 +25,17 @@ from carve.match import LINEAR
 from carve.program import EMBEDDING
 
 aten = torch.ops.aten
-Converter = Callable[[fx.Node], Any]
+Converter = Callable[[Node], Any]
 
 
-class _Values(dict[fx.Node, Any]):
+class _Values(dict[Node, Any]):
     """Values by node; what only stands as another arrangement of axes is made when asked for."""
 
-    def __init__(self, make: Callable[[fx.Node], Any]) -> None:
+    def __init__(self, make: Callable[[Node], Any]) -> None:
         super().__init__()
         self.make = make
 
-    def __missing__(self, node: fx.Node) -> Any:
+    def __missing__(self, node: Node) -> Any:
         value = self[node] = self.make(node)
         return value
 
@@ -56,10 +57,10 @@ class Translator(Arranging):
         self.layers, self.products = Layers(products), products
         self.gating: Gating | None = None
         self.env: Any = _Values(self._arranged)
-        self.swapped: dict[fx.Node, relax.Expr] = {}
+        self.swapped: dict[Node, relax.Expr] = {}
         """By node ``[B, H, S, D]``: the same values as ``[B, S, H, D]``."""
         self._pieces: dict[Any, Converter] = {}
-        self.present: dict[fx.Node, tuple[relax.Expr, relax.Expr]] = {}
+        self.present: dict[Node, tuple[relax.Expr, relax.Expr]] = {}
         self.position: relax.Expr | None = None
         self.keep: Any = None
         """Rows of logits that are wanted, the last ones; None for all."""
@@ -86,7 +87,7 @@ class Translator(Arranging):
 
     # Values
 
-    def _arranged(self, node: fx.Node) -> Any:
+    def _arranged(self, node: Node) -> Any:
         if node in self.swapped:
             return self.emit(op.permute_dims(self.swapped[node], [0, 2, 1, 3]))
         if node in self.reading.constants:
@@ -94,7 +95,7 @@ class Translator(Arranging):
             return self.stored.tensor(name, self.reading.constants[node])
         raise CarveError("emit", f"{node.name} is used before it is computed")
 
-    def heads(self, node: fx.Node) -> relax.Expr:
+    def heads(self, node: Node) -> relax.Expr:
         """``[B, S, H, D]`` of a node ``[B, H, S, D]``."""
         if node not in self.swapped:
             self.swapped[node] = self.emit(op.permute_dims(self.env[node], [0, 2, 1, 3]))
@@ -106,12 +107,12 @@ class Translator(Arranging):
 
     # Nodes
 
-    def run(self, nodes: Sequence[fx.Node]) -> None:
+    def run(self, nodes: Sequence[Node]) -> None:
         """Translate nodes in order."""
         for n in nodes:
             self.node(n)
 
-    def node(self, n: fx.Node) -> None:
+    def node(self, n: Node) -> None:
         """Translate one node."""
         if n in self.reading.norms:
             norm = self.reading.norms[n]
@@ -130,7 +131,7 @@ class Translator(Arranging):
             self._alias(n, n.args[0])
         elif n.target is GATED and self.gating is not None:
             self.gating.node(n, self.reading.blocks[n])
-        elif getattr(n.target, "__name__", "") == "getitem" and n.args[0].target is ATTENTION:  # type: ignore[union-attr]
+        elif getattr(n.target, "__name__", "") == "getitem" and n.args[0].target is ATTENTION:
             if n.args[1] == 0:
                 self._alias(n, n.args[0])
         elif getattr(n.target, "__name__", "") == "getitem" and n.args[0] in self._pieces:
@@ -138,7 +139,7 @@ class Translator(Arranging):
         else:
             self._theirs(n)
 
-    def _theirs(self, n: fx.Node) -> None:
+    def _theirs(self, n: Node) -> None:
         name = getattr(n.target, "__name__", str(n.target))
         if name not in self.convert_map:
             raise CarveError(
@@ -151,7 +152,7 @@ class Translator(Arranging):
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as e:
             raise CarveError("emit", f"{n.target} could not be translated to TVM: {e}") from e
 
-    def _alias(self, n: fx.Node, source: Any) -> None:
+    def _alias(self, n: Node, source: Any) -> None:
         if source in self.swapped:
             self.swapped[n] = self.swapped[source]
         else:
@@ -159,7 +160,7 @@ class Translator(Arranging):
 
     # Arrangements of heads
 
-    def _our_transpose(self, n: fx.Node) -> Any:
+    def _our_transpose(self, n: Node) -> Any:
         source: Any = n.args[0]
         if not patterns.is_head_swap(n):
             return self._transpose(n)
@@ -172,19 +173,19 @@ class Translator(Arranging):
         axis = len(value.ty.shape) - 1
         return self.emit(op.strided_slice(value, [axis], [start], [stop]))
 
-    def _our_slice(self, n: fx.Node) -> Any:
+    def _our_slice(self, n: Node) -> Any:
         if patterns.passes_through(n):
             self._alias(n, n.args[0])
             return None
         source: Any = n.args[0]
         if source in self.swapped and n.args[1] in (-1, 3) and len(n.args) == 4:
             width = int(self.swapped[source].ty.shape[3])
-            start, stop = (min(int(a), width) for a in n.args[2:4])  # type: ignore[arg-type]
+            start, stop = (min(int(a), width) for a in n.args[2:4])
             self.swapped[n] = self._last_axis_slice(self.swapped[source], start, stop)
             return None
         return self._cut(n)
 
-    def _our_split(self, n: fx.Node) -> Any:
+    def _our_split(self, n: Node) -> Any:
         """Parts along the last axis are cut where they are taken."""
         source: Any = n.args[0]
         values = n.meta["val"]
@@ -193,8 +194,8 @@ class Translator(Arranging):
             raise CarveError("emit", f"{n.target} along axis {axis} has no translation to TVM")
         widths = [int(v.shape[-1]) for v in values]
 
-        def part(item: fx.Node) -> None:
-            i = int(item.args[1])  # type: ignore[call-overload]
+        def part(item: Node) -> None:
+            i = int(item.args[1])
             start = sum(widths[:i])
             if source in self.swapped:
                 self.swapped[item] = self._last_axis_slice(
@@ -208,7 +209,7 @@ class Translator(Arranging):
 
     # Kernels
 
-    def _our_linear(self, n: fx.Node) -> Any:
+    def _our_linear(self, n: Node) -> Any:
         weight = self.tensor_of(n.args[1])
         bias = self.tensor_of(n.args[2]) if len(n.args) > 2 else None
         if weight is None:
@@ -216,7 +217,7 @@ class Translator(Arranging):
         x = self.env[n.args[0]]
         if n is self.reading.head and self.keep is not None:
             x = self._last_rows(x)
-        return self.products.linear(x, str(n.args[1].target), [weight], bias)  # type: ignore[union-attr]
+        return self.products.linear(x, str(n.args[1].target), [weight], bias)
 
     def _last_rows(self, x: relax.Expr) -> relax.Expr:
         width = int(x.ty.shape[2])
@@ -227,32 +228,32 @@ class Translator(Arranging):
 
         return self.block_builder.emit_te(last, x)
 
-    def _our_embedding(self, n: fx.Node) -> Any:
+    def _our_embedding(self, n: Node) -> Any:
         table = self.tensor_of(n.args[0])
         if table is None:
             raise CarveError("emit", f"{n.name}: an embedding whose table is computed")
-        return self.products.lookup(self.env[n.args[1]], str(n.args[0].target), table)  # type: ignore[union-attr]
+        return self.products.lookup(self.env[n.args[1]], str(n.args[0].target), table)
 
-    def _our_routed(self, n: fx.Node) -> Any:
+    def _our_routed(self, n: Node) -> Any:
         site = self.reading.sites[n]
         assert site.routed is not None
         return routed(self.products, self.env[n.args[0]], site.name, site.routed)
 
-    def _our_layer_norm(self, n: fx.Node) -> Any:
+    def _our_layer_norm(self, n: Node) -> Any:
         args = [*n.args, *[None] * (5 - len(n.args))]
         x = self.env[args[0]]
-        width = int(args[1][0])  # type: ignore[index]
-        if len(args[1]) != 1:  # type: ignore[arg-type]
+        width = int(args[1][0])
+        if len(args[1]) != 1:
             raise CarveError("emit", f"{n.name}: a norm over several axes")
         weight = self.env[args[2]] if args[2] is not None else self._filled(width, 1.0)
         bias = self.env[args[3]] if args[3] is not None else self._filled(width, 0.0)
-        epsilon = 1e-5 if args[4] is None else float(args[4])  # type: ignore[arg-type]
+        epsilon = 1e-5 if args[4] is None else float(args[4])
         return self.layers.layer_norm(x, weight, bias, epsilon)
 
     def _filled(self, width: int, value: float) -> relax.Var:
         return self.stored.tensor(f"constant.{value}.{width}", torch.full((width,), value))
 
-    def _our_sdpa(self, n: fx.Node) -> Any:
+    def _our_sdpa(self, n: Node) -> Any:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
         a = {**dict(zip(names, n.args, strict=False)), **n.kwargs}
         if a.get("is_causal") or a.get("enable_gqa") or a.get("dropout_p"):
@@ -271,31 +272,31 @@ class Translator(Arranging):
             scores = self.emit(op.add(scores, m))
         return self.emit(op.matmul(self.emit(op.nn.softmax(scores, -1)), v))
 
-    def _our_attention(self, n: fx.Node) -> Any:
+    def _our_attention(self, n: Node) -> Any:
         self.append(n)
         self.attend(n, self.position)
         return None
 
-    def append(self, n: fx.Node) -> None:
+    def append(self, n: Node) -> None:
         """New keys and values into the cache."""
         _, k, v, past_key, past_value = n.args[:5]
         self.present[n] = (
-            self.layers.append(self.heads(k), self.position, self.env[past_key]),  # type: ignore[arg-type]
-            self.layers.append(self.heads(v), self.position, self.env[past_value]),  # type: ignore[arg-type]
+            self.layers.append(self.heads(k), self.position, self.env[past_key]),
+            self.layers.append(self.heads(v), self.position, self.env[past_value]),
         )
 
-    def attend(self, n: fx.Node, position: relax.Expr | None) -> None:
+    def attend(self, n: Node, position: relax.Expr | None) -> None:
         """Attention over the cache, for queries at ``position`` ``[1, R]``."""
         scale, window, softcap = n.args[5:8]
         key, value = self.present[n]
         self.swapped[n] = self.layers.attend(
-            self.heads(n.args[0]),  # type: ignore[arg-type]
+            self.heads(n.args[0]),
             position,
             key,
             value,
-            float(scale),  # type: ignore[arg-type]
-            int(window),  # type: ignore[call-overload]
-            float(softcap),  # type: ignore[arg-type]
+            float(scale),
+            int(window),
+            float(softcap),
         )
 
     # Scopes
