@@ -28,7 +28,7 @@ from carve.emit.tvm.functions import translate
 from carve.emit.tvm.names import check_ready, folder_of, processor
 from carve.emit.tvm.params import Parameters
 from carve.errors import CarveError, UserError
-from carve.parity import check_parity, routings, run_tvm
+from carve.parity import TVM, check_parity, routings
 from carve.pipeline import model_facts
 from carve.program import Program
 
@@ -111,7 +111,7 @@ def test_decoders(name: str, bits: int, gated: bool, captured: Get, tmp_path: Pa
         assert len({r for p in two for r in routings(program, p)}) > 4
     for p in two:
         close(engine, program, bits, p)
-    metrics = check_parity(program, tmp_path / "index.json", two, bits, run_tvm)
+    metrics = check_parity(program, tmp_path / "index.json", two, bits, TVM)
     assert metrics.median_error < (1e-4 if bits == 16 else 2e-2)
     # One token at a time and several, over a cache that grows in between.
     ids = tiny.token_ids(1, 40, seed=3)
@@ -164,7 +164,7 @@ class Stack(nn.Module):
         return x
 
 
-def test_forms_of_a_routed_ffn(tmp_path: Path) -> None:
+def test_forms_of_a_routed_ffn_and_a_model_that_is_another(tmp_path: Path) -> None:
     torch.manual_seed(0)
     program = capture_module(Stack(), (torch.randn(3, 64),))
     forms: tuple[dict[str, Any], ...] = (
@@ -176,18 +176,13 @@ def test_forms_of_a_routed_ffn(tmp_path: Path) -> None:
     engine = emitted(program, tmp_path, 16)
     for rows in (1, 9):
         close(engine, program, 16, (torch.randn(rows, 64),))
-
-
-def test_model_that_is_not_the_program_fails_parity(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    program = tiny.route(capture_module(Stack(), (torch.randn(3, 64),)))
-    emitted(program, tmp_path, 16)
-    site = program.sites[1]
-    assert site.routed is not None
-    program.set_routed(site, replace(site.routed, router=-site.routed.router))
     two = [(torch.randn(9, 64),), (torch.randn(5, 64),)]
+    check_parity(program, tmp_path / "index.json", two, 16, TVM)
+    routed = program.sites[1].routed
+    assert routed is not None
+    program.set_routed(program.sites[1], replace(routed, router=-routed.router))
     with pytest.raises(CarveError) as e:
-        check_parity(program, tmp_path / "index.json", two, 16, run_tvm)
+        check_parity(program, tmp_path / "index.json", two, 16, TVM)
     assert e.value.code == "parity"
 
 
