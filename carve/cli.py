@@ -36,6 +36,13 @@ def _parser() -> argparse.ArgumentParser:
         c.add_argument("-v", "--verbose", action="store_true", help="more of what happens")
         return c
 
+    def engine(c: argparse.ArgumentParser) -> None:
+        c.add_argument(
+            "--engine",
+            choices=("onnx", "tvm"),
+            help="which of the artifact's targets (default: onnx)",
+        )
+
     c = command("convert", "turn a dense checkpoint into a routed artifact")
     c.add_argument(
         "model", help="Hugging Face directory (config.json, safetensors, tokenizer.json)"
@@ -61,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--size", help="most bytes of the model's files, for example 40MB")
     c.add_argument("--reads", help="most bytes of weights that a token reads, for example 20MB")
     c.add_argument("--devices", help="place the experts on these: a TOML file, or a preset's name")
-    c.add_argument("--target", help="what to emit, separated by commas (default: onnx-cpu)")
+    c.add_argument(
+        "--target",
+        help="what to emit, separated by commas, see carve list targets (default: onnx-cpu)",
+    )
     c.add_argument("--calibration", help="a text file instead of the bundled text")
     c.add_argument("--recipe", type=Path, help="settings from a TOML file")
     c.add_argument(
@@ -99,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         default="token",
         help="who decides what is skipped: every token (default), the prompt, or nobody",
     )
+    engine(c)
     c.add_argument(
         "--memory",
         help="most bytes of weights in memory, of all shards together, for example 300MB "
@@ -126,12 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("artifact")
     c.add_argument("--text", help="held-out text (default: the bundled text)")
     c.add_argument("--dense", help="the dense checkpoint, where it has moved")
+    engine(c)
     c.add_argument("--tokens", type=int, default=16_000)
 
     c = command("bench", "decode and prefill beside the dense model: same engine, same width")
     c.add_argument("artifact")
     c.add_argument("--dense", help="a dense artifact or checkpoint (default: made from the source)")
     c.add_argument("--threads", type=int)
+    engine(c)
     c.add_argument("--repeats", type=int, default=5, help="interleaved pairs")
     c.add_argument("--tokens", type=int, default=24, help="tokens decoded in each")
     c.add_argument(
@@ -339,6 +352,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     with carve_runtime.load(
         args.artifact,
+        engine=args.engine,
         threads=args.threads,
         memory=args.memory,
         shards=args.shards,
@@ -392,7 +406,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from carve.measure import evaluate_artifact
 
-    result = evaluate_artifact(Path(args.artifact), args.text, args.dense, args.tokens, _progress)
+    result = evaluate_artifact(
+        Path(args.artifact), args.text, args.dense, args.tokens, _progress, args.engine
+    )
     if not args.json:
         from carve.report import figures
 
@@ -406,6 +422,7 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
     result = bench_artifact(
         Path(args.artifact),
         dense=args.dense,
+        engine=args.engine,
         threads=args.threads,
         repeats=args.repeats,
         tokens=args.tokens,
@@ -457,12 +474,12 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(args: argparse.Namespace) -> dict[str, Any]:
-    from carve.config import PASS_NAMES, TARGETS
+    from carve.config import PASS_NAMES, target_names
 
     if args.what == "targets":
         if not args.json:
-            _out("\n".join(TARGETS))
-        return {"targets": list(TARGETS)}
+            _out("\n".join(target_names()))
+        return {"targets": list(target_names())}
     from carve.settings import of_pass
 
     found = {name: of_pass(name) for name in PASS_NAMES}

@@ -52,7 +52,8 @@ class ConvertConfig:
             time for; widths are chosen to fit.
         targets: what to emit: ``onnx-cpu``, one file; ``onnx-cuda``, one in half precision for GPUs
             (4, 8 or 16 bits; onnxruntime-gpu runs it); ``onnx-split``, experts one by one, which
-            fits devices smaller than the model, or several of them; ``hf``, a ``glm4_moe``
+            fits devices smaller than the model, or several of them; ``tvm:`` and a processor, for
+            example ``tvm:x86_64``, a library that TVM's runtime alone loads; ``hf``, a ``glm4_moe``
             checkpoint for transformers, vLLM and SGLang; ``hf-granite``, a ``granitemoeshared`` one
             for llama.cpp. The last two hold less, so the passes fit a plainer form, and their
             weights are not quantized: the engines do that.
@@ -143,8 +144,8 @@ def _check(c: ConvertConfig) -> None:
     if "place" in c.passes and c.devices is None and "devices" not in c.passes["place"]:
         raise UserError("config", "[place] needs devices", "give --devices D.toml")
     for t in c.targets:
-        if t not in TARGETS:
-            raise UserError("target", f"unknown target {t!r}{nearest(t, TARGETS)}")
+        if t not in target_names():
+            raise UserError("target", f"unknown target {t!r}{nearest(t, target_names())}")
     if "onnx-split" in c.targets and c.is_dense:
         raise UserError("target", "onnx-split needs routed FFNs", "lower the budget")
     if "onnx-cuda" in c.targets and c.mixed:
@@ -184,6 +185,13 @@ def _check(c: ConvertConfig) -> None:
     for p in c.passes:
         if p not in PASS_NAMES:
             raise UserError("config", f"unknown pass {p!r}{nearest(p, PASS_NAMES)}")
+
+
+def target_names() -> tuple[str, ...]:
+    """Every target that there is a back end for."""
+    from carve.emit.tvm.names import target_names as tvm
+
+    return (*TARGETS, *tvm())
 
 
 def _check_bits(c: ConvertConfig) -> None:

@@ -54,7 +54,7 @@ FORMS = {
 
 def form_of(targets: Sequence[str]) -> EngineForm:
     """The restrictions of all targets together."""
-    forms = [FORMS[t] for t in targets]
+    forms = [FORMS.get(t, ANY) for t in targets]
     return EngineForm(
         any(f.plain for f in forms),
         any(f.whole_shared for f in forms),
@@ -70,7 +70,7 @@ def check_request(c: ConvertConfig) -> None:
     Raises:
         UserError: naming the target and the setting.
     """
-    named = [t for t in c.targets if FORMS[t].plain]
+    named = [t for t in c.targets if FORMS.get(t, ANY).plain]
     if not named:
         return
     dynamic = c.passes.get("route_ridge", {}).get("dynamic", False)
@@ -96,7 +96,7 @@ def check_source(program: Program, targets: Sequence[str]) -> None:
         UserError: naming the target and what the model has.
     """
     for target in targets:
-        form = FORMS[target]
+        form = FORMS.get(target, ANY)
         if form.plain:
             for wrong, what in _faults(program, form):
                 if wrong:

@@ -41,11 +41,16 @@ def source_of(artifact: Artifact, override: str | None) -> Path:
 
 
 def evaluate_artifact(
-    path: Path, text: str | None, dense: str | None, tokens: int, progress: Progress
+    path: Path,
+    text: str | None,
+    dense: str | None,
+    tokens: int,
+    progress: Progress,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity, KL and top-1 agreement (encoders: cosine) of an artifact on held-out text.
 
-    The artifact runs in onnxruntime as it is shipped, the dense checkpoint in torch unquantized, so
+    The artifact runs in ``engine`` as it is shipped, the dense checkpoint in torch unquantized, so
     the loss is that of carving and quantization together.
 
     Raises:
@@ -60,7 +65,7 @@ def evaluate_artifact(
     from carve.parity import feeds_of
 
     artifact = Artifact.open(path)
-    model = carve_runtime.load(path)
+    model = carve_runtime.load(path, engine=engine)
     source = source_of(artifact, dense)
     program = capture_checkpoint(source)
     length = min(512, model.max_length or 512)
@@ -84,10 +89,12 @@ def evaluate_artifact(
     return result
 
 
-def dense_artifact(artifact: Artifact, override: str | None, progress: Progress) -> Path:
+def dense_artifact(
+    artifact: Artifact, override: str | None, progress: Progress, target: str = "onnx-cpu"
+) -> Path:
     """A dense artifact at the same width: given, cached, or made from the source.
 
-    Made ones are kept under ``$XDG_CACHE_HOME/carve`` by the source's hash and the width.
+    Made ones are kept under ``$XDG_CACHE_HOME/carve`` by the source's hash, width and target.
     """
     from carve.checkpoint import Checkpoint
     from carve.config import ConvertConfig
@@ -103,11 +110,12 @@ def dense_artifact(artifact: Artifact, override: str | None, progress: Progress)
     key = str(known)[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carve"
     root.mkdir(parents=True, exist_ok=True)
-    path = root / f"dense-{key}-{bits}-{__version__}"
+    kind = "" if target == "onnx-cpu" else "-" + target.replace(":", "-")
+    path = root / f"dense-{key}-{bits}{kind}-{__version__}"
     if not (path / "manifest.json").is_file():
         # How fast a weight is read does not depend on its value, so nothing is fitted.
         plain = {"quantize": {"method": "rtn"}}
-        config = ConvertConfig(budget=1.0, bits=bits, tokens=1, passes=plain)
+        config = ConvertConfig(budget=1.0, bits=bits, tokens=1, passes=plain, targets=(target,))
         convert(source, path, config, progress=progress)
     return path
 
@@ -116,6 +124,7 @@ def bench_artifact(
     path: Path,
     *,
     dense: str | None = None,
+    engine: str | None = None,
     threads: int | None = None,
     repeats: int = 5,
     tokens: int = 24,
@@ -142,9 +151,11 @@ def bench_artifact(
             "context", f"the model's context is {limit} tokens", "give a smaller --context"
         )
     count = threads or len(os.sched_getaffinity(0))
+    routed = carve_runtime.load(path, engine=engine, threads=count)
+    original = dense_artifact(artifact, dense, progress, routed.target)
     models = {
-        "dense": carve_runtime.load(dense_artifact(artifact, dense, progress), threads=count),
-        "routed": carve_runtime.load(path, threads=count),
+        "dense": carve_runtime.load(original, engine=engine, threads=count),
+        "routed": routed,
     }
     figures: dict[str, dict[str, list[float]]] = {
         k: {"dense": [], "routed": []} for k in ("decode", "prefill")

@@ -109,6 +109,16 @@ def run_split(
         engine.close()
 
 
+def run_tvm(path: Path, program: Program, prompts: Sequence[tuple[Tensor, ...]]) -> list[list[Any]]:
+    """All results of a model that TVM compiled, whose index ``path`` is, for each prompt."""
+    from carve_runtime.tvm_engine import TvmEngine
+    from carve_runtime.tvm_index import read_tvm_index
+
+    files = {p.name for p in path.parent.iterdir()}
+    engine = TvmEngine(read_tvm_index(path.parent.resolve(), files, path.name), None)
+    return [engine.run(feeds_of(program, p, list(engine.inputs))) for p in prompts]
+
+
 def routings(program: Program, inputs: Sequence[Tensor]) -> list[bytes]:
     """The experts that each token chose in all sites, as comparable bytes."""
     masks: list[Tensor] = []
@@ -155,6 +165,7 @@ def _jittered(precision: Precision, engine: Engine) -> LinearRule:
 
 CPU = Engine(run_onnx)
 SPLIT = Engine(run_split)
+TVM = Engine(run_tvm)
 CUDA = Engine(run_half, int8=False, step=2.5e-4, bound=5e-3)
 
 
@@ -169,11 +180,11 @@ def check_parity(
 
     Args:
         program: what was emitted.
-        path: the ONNX model.
+        path: the ONNX model, or the index of another form.
         prompts: program inputs; their routings have to differ from one another and from the
             example input's, else the check would not see a baked routing.
         bits: width that was emitted; the program runs in the kernels' own arithmetic at it.
-        engine: `CPU`, `SPLIT` or `CUDA`.
+        engine: `CPU`, `SPLIT`, `TVM` or `CUDA`.
 
     Raises:
         CarveError: the results differ, or the prompts do not exercise the router.

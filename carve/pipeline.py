@@ -18,6 +18,7 @@ from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
 from carve.recipe import resolved
 from carve.state_folder import Course, discard, state_folder
+from carve.targets import check_targets
 from carve.version import __version__
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ def advance(
     passes = passes_of(config)
     course.check([p.name for p in passes])
     art.check_output(out)
+    check_targets(config.targets)
     from carve.random_state import seeded
 
     with art.explained(out), state_folder(out, course) as folder, seeded(config.seed):
@@ -281,10 +283,11 @@ class _Conversion:
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
         from carve.realised import realised
-        from carve.targets import emit_targets
+        from carve.targets import check_translation, emit_targets
 
         program = self.program
         check_source(program, self.config.targets)
+        check_translation(program, self.config.targets, self.config.nominal_bits)
         parameters = sum(p.numel() for p in program.module.parameters())
         count = default_tokens(self.config, parameters)
         results: list[PassResult] = []
@@ -431,7 +434,7 @@ class _Conversion:
 
         (stage / "passes").mkdir()
         for i, record in enumerate(report["passes"]):
-            name = record["name"].replace(" ", "-")
+            name = record["name"].replace(" ", "-").replace(":", "-")
             art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
         recipe = resolved(self.config, self.passes)
         (stage / "recipe.toml").write_text(recipe, encoding="utf-8")

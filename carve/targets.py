@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,35 @@ if TYPE_CHECKING:
     from carve.calibration import Batch
     from carve.program import Program
 
+log = logging.getLogger(__name__)
 ONNX, CUDA, SPLIT = "onnx-cpu", "onnx-cuda", "onnx-split"
+
+
+def check_targets(names: Sequence[str]) -> None:
+    """Refuse before the long work what could not be emitted after it.
+
+    Raises:
+        UserError: TVM or a compiler is not there.
+    """
+    from carve.emit.tvm.names import PREFIX, check_ready
+
+    for name in names:
+        if name.startswith(PREFIX):
+            check_ready(name)
+
+
+def check_translation(program: Program, names: Sequence[str], bits: int) -> None:
+    """Translate the dense program, so that what has no translation is refused by name.
+
+    Raises:
+        CarveError: an operator has no translation to TVM.
+    """
+    from carve.emit.tvm.names import PREFIX, processor
+
+    for name in [n for n in names if n.startswith(PREFIX)][:1]:
+        from carve.emit.tvm.functions import translate
+
+        translate(program, bits, processor(name))
 
 
 @dataclass(frozen=True)
@@ -71,6 +100,8 @@ def emit_targets(
             width = 32 if "float32" in metrics["dtype"] else 16
         elif name == ONNX:
             folder, model, shared, metrics = _onnx(program, stage, bits, prompts)
+        elif name.startswith("tvm:"):
+            folder, model, shared, metrics = _tvm(program, stage, bits, prompts, name)
         elif name == CUDA:
             folder, model, shared, metrics = _cuda(program, stage, bits, prompts)
         else:
@@ -133,6 +164,26 @@ def _onnx(
     )
     metrics = {"parity": asdict(parity), "emulation": asdict(nodes)}
     return "onnx", emitted.path.name, emitted.shared_cache, metrics
+
+
+def _tvm(
+    program: Program, stage: Path, bits: int, prompts: Sequence[tuple[Tensor, ...]], name: str
+) -> tuple[str, str, bool, dict[str, Any]]:
+    from carve import parity
+    from carve.emit.tvm.cpu import HOST, Cpu
+    from carve.emit.tvm.emit import emit_tvm
+    from carve.emit.tvm.names import folder_of, processor
+
+    cpu, folder = processor(name), folder_of(name)
+    (stage / folder).mkdir(parents=True)
+    emitted = emit_tvm(program, stage / folder, bits, name, cpu)
+    metrics: dict[str, Any] = {"cpu": cpu.name, "parity": None}
+    if cpu.runs_on(Cpu.named(HOST)):
+        found = parity.check_parity(program, emitted.path, prompts, bits, parity.TVM)
+        metrics["parity"] = asdict(found)
+    else:
+        log.warning("%s does not run on this machine: its results are not compared", name)
+    return folder, emitted.path.name, True, metrics
 
 
 def _cuda(

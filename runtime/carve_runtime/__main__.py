@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", default=[], help="may be given repeatedly")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--engine", choices=("onnx", "tvm"), help="default: onnx")
     parser.add_argument("--no-verify", action="store_true", help="trust the files' content")
     parser.add_argument("--memory", help="most bytes of weights in memory, for example 300MB")
     parser.add_argument("--shards", type=int, help="run the experts in so many processes")
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with load(
             args.path,
+            engine=args.engine,
             threads=args.threads,
             verify=not args.no_verify,
             memory=args.memory,

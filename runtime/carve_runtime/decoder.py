@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carve_runtime.engine import Runner, value
+from carve_runtime.engine import OnnxRunner, Runner, value
 from carve_runtime.errors import ArtifactError, RequestError, out_of_memory
 from carve_runtime.gates import BARS, SCORES, SHIFT, Gates, GateStats
 from carve_runtime.manifest import ModelInfo
@@ -17,8 +17,10 @@ _FIRST_CAPACITY = 256
 _SHRINK_FROM = 64
 
 
-def check_decoder(engine: Runner, info: ModelInfo) -> None:
+def check_decoder(engine: Runner, info: ModelInfo, *, masked: bool = True) -> None:
     """Check that a graph has the inputs and outputs that a decoder's manifest promises.
+
+    ``masked``: a shared cache's valid length is told by ``attention_mask``.
 
     Raises:
         ArtifactError: ``model`` when it has not.
@@ -26,7 +28,7 @@ def check_decoder(engine: Runner, info: ModelInfo) -> None:
 
     def refuse(what: str) -> ArtifactError:
         return ArtifactError(
-            "model", f"the ONNX graph does not match the manifest: {what}", "compile it again"
+            "model", f"the graph does not match the manifest: {what}", "compile it again"
         )
 
     known = {"input_ids", "attention_mask", "position_ids"}
@@ -35,7 +37,7 @@ def check_decoder(engine: Runner, info: ModelInfo) -> None:
         raise refuse("it must have input_ids and logits")
     if not logits.is_float32(None, None, info.vocab_size):
         raise refuse(f"logits are {logits.dtype} {logits.shape}, vocab_size is {info.vocab_size}")
-    if info.shared_cache and "attention_mask" not in engine.inputs:
+    if masked and info.shared_cache and "attention_mask" not in engine.inputs:
         raise refuse("a shared cache needs attention_mask to know the valid length")
     cache = (None, info.num_key_value_heads, None, info.head_dim)
     for past, present in cache_names(info):
@@ -82,14 +84,19 @@ class Session:
     """
 
     def __init__(
-        self, engine: Runner, info: ModelInfo, *, gates: str = "token", stats: bool = False
+        self, engine: OnnxRunner, info: ModelInfo, *, gates: str = "token", stats: bool = False
     ) -> None:
         self._engine, self._info = engine, info
         self._gates = Gates(info.gates, gates)
         self._watch = bool(self._gates) and (stats or gates == "sequence")
-        self._names = cache_names(info)
         self._length = 0
         self._capacity = 0
+        self._open()
+
+    def _open(self) -> None:
+        """Get the cache ready."""
+        engine, info = self._engine, self._info
+        self._names = cache_names(info)
         half = bool(self._names) and engine.inputs[self._names[0][0]].is_half
         self._dtype = np.float16 if half else np.float32
         empty = np.zeros((1, info.num_key_value_heads, 0, info.head_dim), self._dtype)
@@ -107,21 +114,24 @@ class Session:
         """Tokens in the cache."""
         return self._length
 
-    def step(self, ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
+    def step(
+        self, ids: Sequence[int] | NDArray[np.integer], *, rows: int | None = None
+    ) -> NDArray[np.float32]:
         """Append tokens to the sequence.
 
         Args:
             ids: [S] token ids, S >= 1: a prompt or a part of it, or the latest token.
+            rows: of how many of them, the last ones, logits are wanted; None: of all.
 
         Returns:
-            Logits float32 [S, V] that predict the token after each of ``ids``.
+            Logits float32 [S, V], or [rows, V], that predict the token after each of ``ids``.
 
         Raises:
             RequestError: ``token-id`` for ids that are not integers in the vocabulary,
                 ``context-length`` when the sequence would pass the model's maximum. The
                 session is unchanged then.
             CarveRuntimeError: ``memory`` when the cache or the logits do not fit, ``run`` when
-                onnxruntime fails.
+                the engine fails.
         """
         tokens = check_ids(ids, self._info.vocab_size)
         total = self._length + tokens.size
@@ -131,6 +141,16 @@ class Session:
                 f"{total} tokens do not fit the model's context of {self._info.max_length}",
                 "shorten the prompt",
             )
+        count = tokens.size if rows is None else max(1, min(rows, tokens.size))
+        try:
+            logits = self._advance(tokens, total, count)
+        except MemoryError as error:
+            raise out_of_memory("the sequence", error) from error
+        self._length = total
+        return logits
+
+    def _advance(self, tokens: NDArray[np.int64], total: int, rows: int) -> NDArray[np.float32]:
+        """Run the model on new tokens, ``total`` with those before; logits of the last ``rows``."""
         feeds: dict[str, NDArray[Any]] = {
             "input_ids": tokens[None],
             "attention_mask": np.ones((1, total), np.int64),
@@ -138,16 +158,12 @@ class Session:
         }
         feeds = {name: array for name, array in feeds.items() if name in self._engine.inputs}
         feeds.update(self._gates.feeds())
-        try:
-            if self._info.shared_cache:
-                logits = self._step_shared(feeds, tokens.size, total)
-            else:
-                logits = self._step_growing(feeds)
-        except MemoryError as error:
-            raise out_of_memory("the sequence", error) from error
-        self._length = total
-        row: NDArray[np.float32] = logits[0]
-        return row
+        if self._info.shared_cache:
+            logits = self._step_shared(feeds, tokens.size, total)
+        else:
+            logits = self._step_growing(feeds)
+        last: NDArray[np.float32] = logits[0, -rows:]
+        return last
 
     def _step_growing(self, feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         values = {name: value(array) for name, array in feeds.items()}

@@ -18,13 +18,18 @@ from carve_runtime.errors import ArtifactError, CarveRuntimeError, RequestError
 # variable, read as onnxruntime initializes, stops all of it. A value that is set already stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import onnxruntime as ort  # type: ignore[import-untyped]
-
 PROVIDERS: Mapping[str, Sequence[str]] = {
     "onnx-cpu": ("CPUExecutionProvider",),
     "onnx-cuda": ("CUDAExecutionProvider",),
 }
 _FLOAT32, _FLOAT16 = "tensor(float)", "tensor(float16)"
+
+
+def _ort() -> Any:
+    """onnxruntime, imported where it is used: artifacts of TVM run without it."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    return onnxruntime
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def _ports(args: Sequence[Any]) -> dict[str, Port]:
 
 
 class Runner(Protocol):
-    """What `carve_runtime.Model` runs, in one session or in many."""
+    """What `carve_runtime.Model` runs, in whatever engine."""
 
     inputs: dict[str, Port]
     outputs: dict[str, Port]
@@ -72,6 +77,14 @@ class Runner(Protocol):
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """See `Engine.run`."""
         ...
+
+    def close(self) -> None:
+        """Let go of what does not end by itself."""
+        ...
+
+
+class OnnxRunner(Runner, Protocol):
+    """onnxruntime, in one session or in many."""
 
     def run_values(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
         """See `Engine.run_values`."""
@@ -89,10 +102,6 @@ class Runner(Protocol):
         """See `Engine.place`."""
         ...
 
-    def close(self) -> None:
-        """Let go of what does not end by itself."""
-        ...
-
 
 class Engine:
     """An onnxruntime session; safe to share between threads.
@@ -108,7 +117,7 @@ class Engine:
     """
 
     def __init__(self, path: Path, target: str, threads: int | None) -> None:
-        options = ort.SessionOptions()
+        options = _ort().SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -124,7 +133,7 @@ class Engine:
         # Inputs with a value of their own, which need not be fed.
         self.optional = _ports(self._session.get_overridable_initializers())
         # A long prefill leaves activations in the arena that later steps never fill again.
-        self._shrink = ort.RunOptions()
+        self._shrink = _ort().RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -159,7 +168,7 @@ class Engine:
         """An OrtValue where the model computes: over the array's memory, or a copy on the GPU."""
         if self._device == "cpu":
             return value(array)
-        return ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return _ort().OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
     def close(self) -> None:
         """Nothing to do: memory goes with the session."""
@@ -204,7 +213,7 @@ class ExpertSession:
     """
 
     def __init__(self, graph: bytes, folder: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-        options = ort.SessionOptions()
+        options = _ort().SessionOptions()
         options.log_severity_level = 3
         # Experts run side by side in threads of the caller; a pool for each would be hundreds.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -242,6 +251,7 @@ def _session(
     Raises:
         ArtifactError: ``model`` when onnxruntime refuses it, ``target`` when it has no such device.
     """
+    ort = _ort()
     missing = [p for p in PROVIDERS[target] if p not in ort.get_available_providers()]
     if missing:
         raise ArtifactError(
@@ -271,4 +281,4 @@ def _failed(error: Exception) -> CarveRuntimeError:
 
 def value(array: NDArray[Any]) -> Any:
     """An OrtValue over the memory of a C-contiguous array, which it keeps alive."""
-    return ort.OrtValue.ortvalue_from_numpy(array)
+    return _ort().OrtValue.ortvalue_from_numpy(array)

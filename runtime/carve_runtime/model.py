@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,8 +30,10 @@ from carve_runtime.residency import ExpertStats
 from carve_runtime.sampling import Sampler
 from carve_runtime.sizes import parse_bytes
 from carve_runtime.text import Detokenizer, StopFilter, load_tokenizer, tokenizing
+from carve_runtime.tvm_engine import TvmEngine, TvmSession, runs_here
+from carve_runtime.tvm_index import read_tvm_index
 
-SPLIT = "onnx-split"
+SPLIT, TVM = "onnx-split", "tvm:"
 USABLE = ("onnx-cpu", SPLIT, "onnx-cuda")
 TOKENIZER_NAME = "tokenizer.json"
 # The graph gives logits for every token of a prompt, of which generation needs the last row:
@@ -69,6 +71,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     target: str | None = None,
+    engine: str | None = None,
     threads: int | None = None,
     verify: bool = True,
     memory: int | str | None = None,
@@ -82,9 +85,11 @@ def load(
         path: the directory that carve wrote.
         target: which of the manifest's targets to load; by default ``onnx-split`` where ``memory``
             or ``shards`` is given, else ``onnx-cpu`` where there is one.
+        engine: ``onnx`` or ``tvm``: which engine's target to load where ``target`` is not given; of
+            several for TVM the first that this processor can run.
         threads: threads of one operator; None lets onnxruntime take every core.
         verify: compare every file's SHA-256 with the manifest. Without it the paths are still
-            checked, but the content is trusted.
+            checked, but the content is trusted; not so a compiled library's, which is code.
         memory: most bytes for the model's weights as they lie in memory, for example ``300MB``:
             experts that do not fit are read when they are needed. With ``shards`` it is for all
             processes together; each gets a share by what it holds.
@@ -108,9 +113,9 @@ def load(
     root = Path(path).resolve()
     budget = None if memory is None else parse_bytes(memory, "memory")
     split = budget is not None or shards is not None
-    name = target or _default_target(manifest, split)
-    if name not in manifest.targets or name not in USABLE:
-        usable = sorted(manifest.targets.keys() & set(USABLE))
+    name = target or _default_target(root, manifest, split, engine)
+    if name not in manifest.targets or not _usable(name):
+        usable = sorted(filter(_usable, manifest.targets))
         raise ArtifactError(
             "target",
             f"{root} has no target {name!r} that this runtime can run",
@@ -125,12 +130,14 @@ def load(
     if TOKENIZER_NAME in manifest.files:
         truncate = manifest.model.max_length if manifest.kind == "encoder" else 0
         tokenizer, pad = load_tokenizer(resolve_inside(root, TOKENIZER_NAME), truncate)
-    engine: Runner
+    runner: Runner
     try:
-        if name == SPLIT:
+        if name.startswith(TVM):
+            runner = _load_tvm(root, manifest, manifest.targets[name].model, threads)
+        elif name == SPLIT:
             from carve_runtime.load_split import load_split
 
-            engine = load_split(
+            runner = load_split(
                 root,
                 manifest,
                 manifest.targets[name].model,
@@ -141,21 +148,41 @@ def load(
                 prefetch=prefetch,
             )
         else:
-            engine = Engine(graph, name, threads)
+            runner = Engine(graph, name, threads)
     except MemoryError as error:
         raise out_of_memory("the model", error) from error
     try:
         if manifest.kind == "decoder":
-            check_decoder(engine, manifest.model)
+            check_decoder(runner, manifest.model, masked=not name.startswith(TVM))
         check_unchanged(root, seen)
     except BaseException:
-        engine.close()
+        runner.close()
         raise
-    return Model(manifest, engine, tokenizer, pad)
+    return Model(manifest, runner, tokenizer, pad, name)
 
 
-def _default_target(manifest: Manifest, split: bool) -> str:
-    """The split form where it is asked for, else the first of what is there."""
+def _usable(target: str) -> bool:
+    return target in USABLE or target.startswith(TVM)
+
+
+def _load_tvm(root: Path, manifest: Manifest, model: str, threads: int | None) -> TvmEngine:
+    index = read_tvm_index(root, manifest.files, model)
+    # A library is code: its content is compared whatever the caller said of the others.
+    listed = index.library.relative_to(root).as_posix()
+    check_files(root, replace(manifest, files={listed: manifest.files[listed]}), verify=True)
+    return TvmEngine(index, threads)
+
+
+def _default_target(root: Path, manifest: Manifest, split: bool, engine: str | None) -> str:
+    """The split form where it is asked for, else the first of the engine's that is there."""
+    if engine not in (None, "onnx", "tvm"):
+        raise RequestError("argument", f"engine {engine!r:.40} is neither 'onnx' nor 'tvm'")
+    if engine == "tvm":
+        compiled = [t for t in manifest.targets if t.startswith(TVM)]
+        for name in compiled:
+            if runs_here(read_tvm_index(root, manifest.files, manifest.targets[name].model)):
+                return name
+        return compiled[0] if compiled else TVM
     there = [t for t in USABLE if t in manifest.targets]
     return SPLIT if split or not there else there[0]
 
@@ -165,14 +192,21 @@ class Model:
 
     Attributes:
         manifest: what the artifact says of itself.
+        target: which of its targets is loaded.
         tokenizer: its tokenizer, or None. It neither pads nor, for decoders, truncates.
         max_length: the longest context in tokens; 0 when the model has no such limit.
     """
 
     def __init__(
-        self, manifest: Manifest, engine: Runner, tokenizer: Tokenizer | None, pad: int
+        self,
+        manifest: Manifest,
+        engine: Runner,
+        tokenizer: Tokenizer | None,
+        pad: int,
+        target: str = "onnx-cpu",
     ) -> None:
         self.manifest = manifest
+        self.target = target
         self.tokenizer = tokenizer
         self.max_length = manifest.model.max_length
         self._engine = engine
@@ -236,7 +270,9 @@ class Model:
             RequestError: ``kind`` when this is not a decoder, ``argument`` for unknown ``gates``.
         """
         self._require("decoder", "start")
-        return Session(self._engine, self.manifest.model, gates=gates, stats=stats)
+        engine: Any = self._engine
+        kind = TvmSession if isinstance(engine, TvmEngine) else Session
+        return kind(engine, self.manifest.model, gates=gates, stats=stats)
 
     def logits(self, ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits float32 [S, V] after each of the token ids [S], in one pass.
@@ -372,7 +408,7 @@ class Model:
         began = time.perf_counter()
         part = max(_PREFILL_LEAST, _PREFILL_LOGITS_BYTES // (4 * info.vocab_size))
         for at in range(0, ids.size, part):
-            logits = session.step(ids[at : at + part])[-1]
+            logits = session.step(ids[at : at + part], rows=1)[-1]
         token = sampler(logits)
         first_token_s = time.perf_counter() - began
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import carve_runtime
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import tiny_models as tiny
 import torch
@@ -111,7 +112,7 @@ def test_artifact_and_runtime(
     assert set(made.manifest["targets"]) == set(targets)
     ids = list(range(2, 40))
     cpu = carve_runtime.load(made.path)
-    if "CUDAExecutionProvider" not in engine.ort.get_available_providers():
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
         with pytest.raises(carve_runtime.ArtifactError, match="CUDAExecutionProvider") as e:
             carve_runtime.load(made.path, target="onnx-cuda")
         assert "onnxruntime-gpu" in e.value.hint

@@ -1,0 +1,1 @@
+"""TVM back end: Relax modules whose dialect operators are TIR kernels of carve's own."""

@@ -1,0 +1,91 @@
+"""Targets by name: ``tvm:`` and a processor. Imports neither TVM nor torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+
+from carve.emit.tvm.cpu import HOST, Cpu
+from carve.emit.tvm.cpu import names as processors
+from carve.errors import UserError
+
+PREFIX = "tvm:"
+TVM, FFI = "0.27.0.post1", "0.1.14.post0"
+"""With other versions of tvm_ffi this TVM's tuner ends the process."""
+_LEVELS = {"x86_64-v2": "x86_64", "x86_64-v3": "x86_64-avx2", "x86_64-v4": "x86_64-avx512"}
+
+
+def target_names() -> list[str]:
+    """What can follow ``--target``, but for onnxruntime's."""
+    return [f"{PREFIX}{n}" for n in dict.fromkeys([*processors(), *_LEVELS])]
+
+
+def processor(target: str) -> Cpu:
+    """The processor of a target's name; ``tvm:x86_64`` is this machine's own where it is an x86.
+
+    Raises:
+        UserError: no such processor.
+    """
+    name = target.removeprefix(PREFIX)
+    if name == "cuda":
+        raise UserError(
+            "target",
+            "tvm:cuda is not there yet: carve's kernels are written for processors",
+            "use onnxruntime, or tvm:x86_64",
+        )
+    if name == "x86_64" and platform.machine().lower() in ("x86_64", "amd64"):
+        name = HOST
+    try:
+        return Cpu.named(_LEVELS.get(name, name))
+    except UserError as e:
+        raise UserError(
+            "target", f"unknown target {target!r}", f"known: {', '.join(target_names())}"
+        ) from e
+
+
+def folder_of(target: str) -> str:
+    """Where in an artifact a target's files lie."""
+    return f"tvm/{target.removeprefix(PREFIX)}"
+
+
+def compiler(cpu: Cpu) -> str:
+    """The C compiler that links a library for ``cpu``.
+
+    Raises:
+        UserError: there is none.
+    """
+    machine = cpu.triple.partition("-")[0]
+    native = {"amd64": "x86_64", "arm64": "aarch64"}.get(
+        platform.machine().lower(), platform.machine().lower()
+    )
+    if machine == native:
+        found = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
+        hint = "install g++"
+    else:
+        found = shutil.which(f"{machine}-linux-gnu-gcc")
+        hint = f"on Debian: apt-get install gcc-{machine.replace('_', '-')}-linux-gnu"
+    if found is None:
+        raise UserError("target", f"no C compiler links a library for {machine}", hint)
+    return found
+
+
+def check_ready(target: str) -> None:
+    """Refuse a target that this machine cannot compile for.
+
+    Raises:
+        UserError: an unknown processor, no compiler, or no TVM.
+    """
+    compiler(processor(target))
+    for package, name, version in (("apache-tvm", "tvm", TVM), ("apache-tvm-ffi", "tvm_ffi", FFI)):
+        if importlib.util.find_spec(name) is None:
+            raise UserError("target", f"{target} needs {package}", "pip install 'carve[tvm]'")
+        have = importlib.metadata.version(package)
+        if have != version:
+            raise UserError(
+                "target",
+                f"{target} needs {package} {version}, and {have} is installed",
+                "pip install 'carve[tvm]'",
+            )
