@@ -5,8 +5,8 @@ Usage::
     carve convert models/reference --budget 0.6 --target onnx-cpu,tvm:x86_64 -o both
     python tools/tvm_speed.py both
 
-Both engines run in this process in turn, so that a change of the machine's speed falls on both; the
-figures are medians, the ratios medians over rounds. Prefill gives logits of every token; the row
+Both engines run in this process in turn, so that a change of the speed falls on both; the figures
+are medians, the ratios medians over rounds. Prefill gives the logits of every token; the row
 below it gives those of the last one, which generation needs.
 """
 

@@ -25,8 +25,8 @@ def translate(program: Program, bits: int, cpu: Cpu) -> tuple[tvm.IRModule, Para
     (logits, *caches, [gate_scores, gate_bars])``. Others have
     ``main``.
     """
-    reading, params, bb = Reading(program), Parameters(), relax.BlockBuilder()
-    products = Products(bb, params, cpu, Precision(program, bits))
+    params, bb, precision = Parameters(), relax.BlockBuilder(), Precision(program, bits)
+    reading, products = Reading(program, precision), Products(bb, params, cpu, precision)
     if program.kind == "decoder":
         _decoder(reading, products, "decode", 1)
         _decoder(reading, products, "prefill", tirx.Var("length", "int64"))

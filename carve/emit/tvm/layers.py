@@ -40,16 +40,31 @@ class Layers:
     def _norm(
         self, x: relax.Expr, given: Sequence[relax.Expr], epsilon: float, kind: str
     ) -> relax.Expr:
-        shape = list(x.ty.shape)
-        width = int(shape[-1])
-        gv = self.products.kernel(
-            ("norm", width, epsilon, kind),
-            "norm",
-            lambda: sequence.norm(width, epsilon, kind, False, self.cpu),
-        )
-        flat = self.products.flat(x)
+        gv, flat = self._norm_kernel(x, epsilon, kind, summed=False), self.products.flat(x)
         y = self._call(gv, [flat, *given], flat.ty)
-        return y if len(shape) == 2 else self._view(y, shape)
+        return y if len(x.ty.shape) == 2 else self._view(y, x.ty.shape)
+
+    def _norm_kernel(self, x: relax.Expr, epsilon: float, kind: str, *, summed: bool) -> Any:
+        width = int(x.ty.shape[-1])
+        form = (width, epsilon, kind, summed)
+        return self.products.kernel(("norm", *form), "norm", lambda: sequence.norm(*form, self.cpu))
+
+    def sum_norm(
+        self,
+        a: relax.Expr,
+        b: relax.Expr,
+        weight: relax.Expr,
+        bias: relax.Expr | None,
+        epsilon: float,
+    ) -> tuple[relax.Expr, relax.Expr]:
+        """``a + b`` and its norm, a LayerNorm where there is a bias."""
+        kind = "rms" if bias is None else "layer"
+        gv = self._norm_kernel(a, epsilon, kind, summed=True)
+        flat = [self.products.flat(v) for v in (a, b)]
+        given = [*flat, weight, *([] if bias is None else [bias])]
+        both = self._call(gv, given, [flat[0].ty, flat[0].ty])
+        total, y = (self.bb.emit(both[i]) for i in range(2))
+        return self._view(total, a.ty.shape), self._view(y, a.ty.shape)
 
     def _rows(self, x: relax.Expr) -> relax.Expr:
         """``[1, S, ...]`` without the first axis."""
@@ -66,6 +81,32 @@ class Layers:
         rows = self._rows(x)
         y = self._call(gv, [rows, self._rows(cos), self._rows(sin)], rows.ty)
         return self._view(y, list(x.ty.shape))
+
+    def enter(
+        self,
+        packed: relax.Expr,
+        cos: relax.Expr,
+        sin: relax.Expr,
+        turned: int,
+        position: relax.Expr,
+        caches: tuple[relax.Expr, relax.Expr],
+    ) -> tuple[relax.Expr, relax.Expr, relax.Expr]:
+        """Queries ``[1, S, H, D]`` and both caches, from queries, keys and values ``[1, S, .]``."""
+        key, value = caches
+        groups, width = int(key.ty.shape[1]), int(key.ty.shape[3])
+        heads = int(packed.ty.shape[2]) // width - 2 * groups
+        form = (heads, groups, width, turned)
+        gv = self.products.kernel(
+            ("enter", *form), "enter", lambda: sequence.enter(*form, self.cpu)
+        )
+        length = packed.ty.shape[1]
+        given = [self._rows(v) for v in (packed, cos, sin, position)]
+        out = [relax.TensorType([length, heads, width], "float32"), key.ty, value.ty]
+        made = self.bb.emit(
+            op.call_tir_inplace(gv, relax.Tuple([*given, key, value]), [-1, 4, 5], out)
+        )
+        q, key, value = (self.bb.emit(made[i]) for i in range(3))
+        return self._view(q, [1, length, heads, width]), key, value
 
     def append(self, new: relax.Expr, position: relax.Expr, cache: relax.Expr) -> relax.Expr:
         """The cache with new keys or values, written in place."""

@@ -192,6 +192,22 @@ def is_head_swap(node: Node) -> bool:
     )
 
 
+def projection(heads: Node) -> Node | None:
+    """The linear whose result ``[B, S, H D]`` stands as heads ``[B, H, S, D]``."""
+    split = heads.args[0] if is_head_swap(heads) else None
+    viewed = _is(split, aten.view.default, 2) or _is(split, aten.reshape.default, 2)
+    linear = split.args[0] if viewed else None
+    return linear if _is(linear, aten.linear.default, 2) and _ndim(linear) == 3 else None
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a node adds two streams ``[B, S, d]``, neither broadcast."""
+    if not _is(node, aten.add.Tensor, 2) or node.kwargs:
+        return False
+    shapes = [_shape(a) for a in node.args]
+    return len(shapes[0]) == 3 and shapes[0] == shapes[1] and shapes[0] == _shape(node)
+
+
 def passes_through(node: Node) -> bool:
     """Whether a node gives its first argument as it is, on one device and in one dtype."""
     if node.target is aten.to.device:

@@ -186,6 +186,50 @@ def _turn(
         put(at, get(at, lanes), lanes)
 
 
+def enter(heads: int, groups: int, width: int, turned: int, cpu: Cpu) -> Any:
+    """Queries turned, keys turned and values into the cache, from one product.
+
+    A PrimFunc ``(qkv [n, (H + 2 KV) D], cos [n, turned], sin [n, turned], position [n],
+    key [1, KV, C, D], value [1, KV, C, D], q [n, H, D])``, the caches in place.
+    """
+    lanes = _wide(width, cpu)
+    with _function("enter") as made:
+        rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
+        x = T.arg("qkv", T.buffer((rows, (heads + 2 * groups) * width), "float32"))
+        cos = T.arg("cos", T.buffer((rows, turned), "float32"))
+        sin = T.arg("sin", T.buffer((rows, turned), "float32"))
+        position = T.arg("position", T.buffer((rows,), "int64"))
+        key = T.arg("key", T.buffer((1, groups, capacity, width), "float32"))
+        value = T.arg("value", T.buffer((1, groups, capacity, width), "float32"))
+        q = T.arg("q", T.buffer((rows, heads, width), "float32"))
+        n = bind(tirx.Cast("int32", rows))
+
+        def row(i: Expr) -> None:
+            at = bind(position[i])
+
+            def turn(first: int, count: int, put: Callable[[Expr, int, Expr, int], None]) -> None:
+                with T.serial(0, count) as h:
+                    start = bind((h + _int(first)) * _int(width))
+                    _turn(
+                        lambda j, v: load(x, [i, start + _int(j)], v),
+                        lambda t, j, v: load(cos if t == 0 else sin, [i, j], v),
+                        lambda j, value, v: put(h, j, value, v),
+                        width,
+                        turned,
+                        cpu,
+                    )
+
+            turn(0, heads, lambda h, j, v, lanes: store(q, [i, h, j], v, lanes))
+            turn(heads, groups, lambda h, j, v, lanes: store(key, [0, h, at, j], v, lanes))
+            with T.serial(0, groups) as h:
+                start = bind((h + _int(heads + groups)) * _int(width))
+                for j in range(0, width, lanes):
+                    store(value, [0, h, at, j], load(x, [i, start + _int(j)], lanes), lanes)
+
+        _each(n, n * heads * width, row)
+    return made()
+
+
 def append(heads: int, width: int, cpu: Cpu) -> Any:
     """New keys or values into the cache, in place.
 

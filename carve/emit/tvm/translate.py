@@ -18,7 +18,7 @@ from carve.emit.tvm.layers import Layers
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.patterns import Node
 from carve.emit.tvm.products import Products
-from carve.emit.tvm.reading import ATTENTION, GATED, ROUTED, Reading
+from carve.emit.tvm.reading import ATTENTION, GATED, LAYER_NORM, ROUTED, Projections, Reading
 from carve.emit.tvm.routed import routed
 from carve.errors import CarveError
 from carve.match import LINEAR
@@ -59,6 +59,7 @@ class Translator(Arranging):
         self.env: Any = _Values(self._arranged)
         self.swapped: dict[Node, relax.Expr] = {}
         """By node ``[B, H, S, D]``: the same values as ``[B, S, H, D]``."""
+        self._normed: set[Node] = set()
         self._pieces: dict[Any, Converter] = {}
         self.present: dict[Node, tuple[relax.Expr, relax.Expr]] = {}
         self.position: relax.Expr | None = None
@@ -69,7 +70,7 @@ class Translator(Arranging):
             EMBEDDING: self._our_embedding,
             ROUTED: self._our_routed,
             ATTENTION: self._our_attention,
-            aten.layer_norm.default: self._our_layer_norm,
+            LAYER_NORM: self._our_layer_norm,
             aten.scaled_dot_product_attention.default: self._our_sdpa,
             aten.transpose.int: self._our_transpose,
             aten.chunk.default: self._our_split,
@@ -114,7 +115,11 @@ class Translator(Arranging):
 
     def node(self, n: Node) -> None:
         """Translate one node."""
-        if n in self.reading.norms:
+        if n in self._normed:
+            return
+        if n in self.reading.sums:
+            self._sum(n, self.reading.sums[n])
+        elif n in self.reading.norms:
             norm = self.reading.norms[n]
             weight = self.env[norm.weight]
             self.env[n] = self.layers.rms_norm(self.env[norm.x], weight, norm.epsilon)
@@ -138,6 +143,17 @@ class Translator(Arranging):
             self._pieces[n.args[0]](n)
         else:
             self._theirs(n)
+
+    def _sum(self, n: Node, norm: Node) -> None:
+        """A sum and its norm in one."""
+        a, b = (self.env[v] for v in n.args)
+        known = self.reading.norms.get(norm)
+        if known is not None:
+            weight, bias, epsilon = self.env[known.weight], None, known.epsilon
+        else:
+            weight, bias, epsilon = self._layer_norm_of(norm)
+        self.env[n], self.env[norm] = self.layers.sum_norm(a, b, weight, bias, epsilon)
+        self._normed.add(norm)
 
     def _theirs(self, n: Node) -> None:
         name = getattr(n.target, "__name__", str(n.target))
@@ -240,15 +256,17 @@ class Translator(Arranging):
         return routed(self.products, self.env[n.args[0]], site.name, site.routed)
 
     def _our_layer_norm(self, n: Node) -> Any:
+        return self.layers.layer_norm(self.env[n.args[0]], *self._layer_norm_of(n))
+
+    def _layer_norm_of(self, n: Node) -> tuple[relax.Expr, relax.Expr, float]:
+        """Weight, bias and epsilon of a LayerNorm."""
         args = [*n.args, *[None] * (5 - len(n.args))]
-        x = self.env[args[0]]
-        width = int(args[1][0])
         if len(args[1]) != 1:
             raise CarveError("emit", f"{n.name}: a norm over several axes")
+        width = int(args[1][0])
         weight = self.env[args[2]] if args[2] is not None else self._filled(width, 1.0)
         bias = self.env[args[3]] if args[3] is not None else self._filled(width, 0.0)
-        epsilon = 1e-5 if args[4] is None else float(args[4])
-        return self.layers.layer_norm(x, weight, bias, epsilon)
+        return weight, bias, 1e-5 if args[4] is None else float(args[4])
 
     def _filled(self, width: int, value: float) -> relax.Var:
         return self.stored.tensor(f"constant.{value}.{width}", torch.full((width,), value))
@@ -273,9 +291,25 @@ class Translator(Arranging):
         return self.emit(op.matmul(self.emit(op.nn.softmax(scores, -1)), v))
 
     def _our_attention(self, n: Node) -> Any:
-        self.append(n)
-        self.attend(n, self.position)
-        return None
+        if n in self.reading.projections:
+            self._enter(n, self.reading.projections[n])
+        else:
+            self.append(n)
+            self.attend(n, self.position)
+
+    def _enter(self, n: Node, p: Projections) -> None:
+        """Attention whose queries, keys and values are one product."""
+        weights = [self.reading.constants[f.args[1]] for f in p.linears]
+        biases = [self.tensor_of(f.args[2]) for f in p.linears if len(f.args) > 2]
+        stored = [b for b in biases if b is not None]
+        bias = torch.cat([b.float() for b in stored]) if stored else None
+        name = f"{p.linears[0].args[1].target}.qkv"
+        packed = self.products.linear(self.env[p.x], name, weights, bias)
+        caches = (self.env[n.args[3]], self.env[n.args[4]])
+        cos, sin = self.env[p.rotary.cos], self.env[p.rotary.sin]
+        q, key, value = self.layers.enter(packed, cos, sin, p.rotary.width, self.position, caches)
+        self.present[n] = (key, value)
+        self._over_cache(n, q, self.position)
 
     def append(self, n: Node) -> None:
         """New keys and values into the cache."""
@@ -287,10 +321,13 @@ class Translator(Arranging):
 
     def attend(self, n: Node, position: relax.Expr | None) -> None:
         """Attention over the cache, for queries at ``position`` ``[1, R]``."""
+        self._over_cache(n, self.heads(n.args[0]), position)
+
+    def _over_cache(self, n: Node, q: relax.Expr, position: relax.Expr | None) -> None:
         scale, window, softcap = n.args[5:8]
         key, value = self.present[n]
         self.swapped[n] = self.layers.attend(
-            self.heads(n.args[0]),
+            q,
             position,
             key,
             value,
