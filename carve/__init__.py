@@ -10,14 +10,18 @@ from typing import Any
 
 from carve.version import __version__
 
-__all__ = ["Artifact", "ConvertConfig", "__version__", "convert"]
+__all__ = ["Artifact", "ConvertConfig", "Course", "__version__", "advance", "convert"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "convert":
-        from carve.pipeline import convert
+    if name in ("convert", "advance"):
+        from carve import pipeline
 
-        return convert
+        return getattr(pipeline, name)
+    if name == "Course":
+        from carve.state_folder import Course
+
+        return Course
     if name == "Artifact":
         from carve.artifact import Artifact
 

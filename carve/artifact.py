@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,9 @@ from carve.files import looking_into, read_json
 
 SCHEMA = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
+VOLATILE = ("seconds", "peak_rss_mb", "speed")
+"""Keys of records whose values differ from run to run: whatever is measured in time or memory has
+to stand under one of them, see `Artifact.digest`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,15 @@ class Artifact:
         report = resolve_inside(root.resolve(), REPORT)
         return cls(root, read_json(root / MANIFEST), read_json(report, finite=False))
 
+    def digest(self) -> str:
+        """Hash of all that a conversion determines: the same for the same request on one machine.
+
+        Files count by their content and name, records in JSON without the keys in `VOLATILE`, and
+        of the manifest what is neither that, nor where the source was, nor this hash. A report in
+        HTML is left out, for it shows ``report.json``.
+        """
+        return digest(self.path, self.manifest)
+
 
 def check_output(path: Path) -> None:
     """Refuse an output that would overwrite something other than an artifact.
@@ -103,13 +116,45 @@ def check_disk(path: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that takes its name when the block ends well, and else is removed.
+def explained(path: Path) -> Iterator[None]:
+    """What the machine refuses in the block, in words: no room, no right to write, no memory.
 
     Raises:
-        UserError: the disk is full.
-        CarveError: another failure to write.
+        UserError: the disk is full, or ``path`` cannot be written to.
+        CarveError: another failure to write, or no memory.
     """
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                "disk-full", f"the disk is full: {e.filename or path}", "free some room"
+            ) from e
+        if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(
+                "output", f"{e.filename or path} cannot be written to", "choose another -o"
+            ) from e
+        if e.errno == errno.ENOMEM:
+            raise _no_memory() from e
+        raise CarveError("write", f"{path} could not be written: {e}") from e
+    except MemoryError as e:
+        raise _no_memory() from e
+    except RuntimeError as e:
+        # torch and onnxruntime have no class of their own for it.
+        if any(words in str(e) for words in ("can't allocate memory", "bad_alloc", "bad alloc")):
+            raise _no_memory() from e
+        raise
+
+
+def _no_memory() -> CarveError:
+    return CarveError(
+        "memory", "out of memory", "close other programs, or use a machine with more of it"
+    )
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that takes its name when the block ends well, else is removed."""
     target = path.resolve()
     stage = target.parent / f".{target.name}.part-{os.getpid()}"
     shutil.rmtree(stage, ignore_errors=True)
@@ -120,15 +165,8 @@ def staged(path: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(old)
         stage.rename(target)
+        sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        if e.errno == 28:
-            raise UserError(
-                "disk-full",
-                f"the disk is full: {e.filename or stage}",
-                "free some room and convert again",
-            ) from e
-        raise CarveError("write", f"{path} could not be written: {e}") from e
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -146,7 +184,7 @@ def amend(path: Path, texts: Mapping[str, str]) -> None:
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest.get("files"), dict):
         raise UserError("bad-manifest", f"{path / MANIFEST} lists no files")
-    with staged(path) as stage:
+    with explained(path), staged(path) as stage:
         shutil.copytree(path, stage, symlinks=True, copy_function=_share, dirs_exist_ok=True)
         for name, text in texts.items():
             (stage / name).unlink(missing_ok=True)  # the file itself is the old artifact's too
@@ -166,6 +204,31 @@ def _share(source: str, target: str) -> str:
     return target
 
 
+def digest(root: Path, manifest: dict[str, Any]) -> str:
+    """See `Artifact.digest`."""
+    found = {}
+    for name in sorted(manifest["files"]):
+        if name.endswith(".html"):
+            continue
+        if name in (REPORT, "placement.json") or name.startswith("passes/"):
+            found[name] = _hash_of(_lasting(read_json(root / name, finite=False)))
+        else:
+            found[name] = sha256(root / name)
+    said = {k: v for k, v in manifest.items() if k not in ("files", "digest", "source")}
+    return _hash_of([found, said, manifest["source"]["sha256"]])
+
+
+def _hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _lasting(value: Any) -> Any:
+    """A record without what differs from run to run."""
+    if isinstance(value, dict):
+        return {k: _lasting(v) for k, v in value.items() if k not in VOLATILE}
+    return [_lasting(v) for v in value] if isinstance(value, list) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with a final line end."""
     path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
@@ -181,6 +244,16 @@ def hashes(root: Path) -> dict[str, str]:
     """Digest of every file under ``root`` by its relative path, the manifest left out."""
     files = sorted(p for p in root.rglob("*") if p.is_file())
     return {p.relative_to(root).as_posix(): sha256(p) for p in files if p.name != MANIFEST}
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sync(root: Path) -> None:

@@ -13,6 +13,7 @@ from carve.engine_form import ANY, EngineForm
 from carve.errors import UserError
 from carve.program import Program
 from carve.sites import Block, FFNSite
+from carve.storable import storable
 
 BLOCK = (
     32  # block-wise kernels quantize 32 weights of a row together, so widths are multiples of it
@@ -26,6 +27,7 @@ SKIP_TRUST = 0.88
 and the tokens that skip are those that would have taken fewer experts."""
 
 
+@storable
 @dataclass(frozen=True)
 class Split:
     """Widths of one routed FFN: ``shared_size + num_experts * expert_size`` neurons in all."""
@@ -41,6 +43,7 @@ class Split:
         return self.shared_size + self.top_k * self.expert_size
 
 
+@storable
 @dataclass(frozen=True)
 class Widths:
     """Bits of a unit's weights: of a linear or shared expert, and of each routed expert."""

@@ -9,10 +9,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carve.errors import CarveError, UserError
 from carve.version import __version__
+
+if TYPE_CHECKING:
+    from carve.pipeline import Stopped
 
 # onnxruntime reports usage by default; a compiler of other people's models does not.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -64,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings"
     )
     c.add_argument("--seed", type=int)
+    c.add_argument(
+        "--resume", action="store_true", help="go on where a run with the same output stopped"
+    )
+    c.add_argument(
+        "--from", dest="start", metavar="PASS", help="start again at a pass, from the state before"
+    )
+    c.add_argument("--until", metavar="PASS", help="stop after a pass and keep the state")
+    c.add_argument(
+        "--keep-state", action="store_true", help="keep the state of all passes when finished"
+    )
 
     c = command("run", "generate text with an artifact")
     c.add_argument("artifact")
@@ -166,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name in ("torch", "onnx_ir", "onnxscript", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not args.verbose:  # what becomes of stored states is said in any case
+        for name in ("carve.state", "carve.state_folder"):
+            logging.getLogger(name).setLevel(logging.INFO)
     try:
         result = _COMMANDS[args.command](args)
     except Exception as e:
@@ -250,12 +266,17 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     config = from_table(table)
     model = Path(args.model)
     output = Path(args.output or f"{model.name}-carved")
-    from carve.pipeline import convert
+    from carve.pipeline import Stopped, advance
+    from carve.state_folder import Course
 
-    artifact = convert(model, output, config, progress=_progress)
+    course = Course(args.resume, args.start, args.until, args.keep_state)
+    artifact = advance(model, output, config, progress=_progress, course=course)
+    if isinstance(artifact, Stopped):
+        return _stopped(artifact, as_json=args.json)
     r = artifact.report
     result = {
         "artifact": str(output),
+        "digest": artifact.manifest["digest"],
         **{
             k: r[k] for k in ("budget", "ffn_active", "seconds", "peak_rss_mb", "quality", "passes")
         },
@@ -266,6 +287,29 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         _out(render(r))
         _out(f"\n{output}")
     return result
+
+
+def _stopped(stopped: Stopped, *, as_json: bool) -> dict[str, Any]:
+    """What is said of a conversion that stopped where it was asked to."""
+    from dataclasses import asdict
+
+    from carve.state import size_of
+
+    size = size_of(stopped.folder)
+    if not as_json:
+        from carve.report import pass_table
+
+        _out(pass_table([asdict(p) for p in stopped.passes]))
+        _out(
+            f"\nstopped after {stopped.after}; --resume goes on from {stopped.folder} "
+            f"({size / 1e6:.1f} MB)"
+        )
+    return {
+        "stopped_after": stopped.after,
+        "state": str(stopped.folder),
+        "state_bytes": size,
+        "passes": [asdict(p) for p in stopped.passes],
+    }
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from carve import dialect
 from carve.grid import Grid
+from carve.storable import storable
 
 _NOTES = ("mean_top_k", "grids")
 _ROUTING = ("router", "router_bias", "router_gate", "top_k", "dynamic")
 
 
+@storable
 @dataclass(frozen=True)
 class RoutedFFN:
     """Weights of one routed FFN, in the argument order of `carve.dialect.routed_ffn`."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carve.storable import storable
+
 BLOCK = 32
 """Weights of a row that share one scale, unless asked otherwise."""
 WIDTHS = (2, 4, 8)
@@ -27,6 +29,7 @@ def large_table(weight: Tensor) -> bool:
     return weight.shape[0] >= 1024 and in_blocks(weight.shape[1])
 
 
+@storable
 @dataclass(frozen=True)
 class Grid:
     """The values that the weights of a matrix may have: ``w = (q - 2^(bits-1)) * s``.

@@ -8,17 +8,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
 from carve.budget import Request, Split, Widths
 from carve.calibration import Batch, SiteInputs
+from carve.codec import settled
 from carve.errors import CarveError
 from carve.ffn import RoutedFFN
 from carve.program import Program
 from carve.sites import FFN, FFNSite, Linear
+from carve.storable import storable
 
 log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
@@ -37,6 +38,28 @@ def silent(items: Sequence[Any], label: str) -> Iterator[Any]:
     return iter(items)
 
 
+class Partial:
+    """What a running pass has finished so far; this one keeps nothing beyond the run.
+
+    A pass that takes long gives it each finished part, a layer for example, and gets the part back
+    when a killed conversion is resumed. Settings, text and code are the same then.
+    """
+
+    def once(self, key: str, make: Callable[..., Any], *given: Any) -> Any:
+        """What ``make`` makes of ``given``, or made before the run was killed.
+
+        Use what this returns and not what ``make`` made: tensors may lie elsewhere in memory.
+        """
+        return settled(make(*given))
+
+    def get(self, key: str) -> Any:
+        """What was put last under ``key``; None if nothing was."""
+        return None
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a value, in place of the former one."""
+
+
 @dataclass
 class Context:
     """What passes share besides the program.
@@ -47,7 +70,7 @@ class Context:
     random choice; ``judge`` gives the loss of a program (with FFNs replaced, where they are given
     by site name) against the dense one, end to end (KL, or 1 - cosine), on calibration text that is
     not in ``batches``; ``stream`` are all batches, where an end-to-end pass may see more than
-    layer-wise work does; ``state`` is a folder for what a long pass needs to go on after a crash;
+    layer-wise work does; ``partial`` keeps what a long pass needs to go on after a crash;
     ``widths`` are the bits of weights by unit, ``bits`` those of units that are not in it, and
     ``limits`` what mixed widths have to keep, by resource (`carve.passes.ChooseWidths`).
     """
@@ -60,7 +83,7 @@ class Context:
     progress: Progress = silent
     judge: Judge | None = None
     stream: Sequence[Batch] = ()
-    state: Path | None = None
+    partial: Partial = field(default_factory=Partial)
     skips: dict[str, float] = field(default_factory=dict)
     bits: int = 16
     widths: dict[str, Widths] = field(default_factory=dict)
@@ -99,6 +122,7 @@ class Context:
         return torch.Generator().manual_seed(value % (1 << 62))
 
 
+@storable
 @dataclass
 class PassResult:
     """One pass's record for the report."""
@@ -197,6 +221,22 @@ def unless_worse(program: Program, context: Context | None, rewrite: Callable[[]
     return False
 
 
+class Keeper(Protocol):
+    """Keeps the state after every pass, so that a run goes on where another stopped."""
+
+    def restore(self, program: Program, context: Context) -> list[PassResult]:
+        """Bring a dense program to where an earlier run left it; the records of passes done."""
+
+    def partial(self, index: int) -> Partial:
+        """Where pass ``index`` keeps what it has finished."""
+
+    def save(self, program: Program, context: Context, done: Sequence[PassResult]) -> None:
+        """Keep the state after the last pass of ``done``."""
+
+    def failed(self, index: int, error: CarveError) -> None:
+        """Forget what pass ``index`` had finished, if it cannot be trusted."""
+
+
 class PassManager:
     """Runs passes in order with their contracts and the verifier.
 
@@ -206,6 +246,7 @@ class PassManager:
         measure: quality after each pass, or None.
         before: called with each pass before it runs, or None.
         diagnose: what the program costs and where it errs after each pass, or None.
+        keeper: keeps states and restores them, or None.
     """
 
     def __init__(
@@ -216,22 +257,31 @@ class PassManager:
         measure: Callable[[Program], dict[str, float]] | None = None,
         before: Callable[[Pass[Any], Program], None] | None = None,
         diagnose: Callable[[Program], dict[str, Any]] | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.passes, self.verify = passes, verify
         self.measure, self.before, self.diagnose = measure, before, diagnose
+        self.keeper = keeper
 
-    def __call__(self, program: Program, context: Context) -> list[PassResult]:
-        """Run all passes.
+    def __call__(
+        self, program: Program, context: Context, until: str | None = None
+    ) -> list[PassResult]:
+        """Run all passes, or those up to ``until``.
 
         Raises:
             ContractError: a contract does not hold; the message names the pass and those before.
         """
-        done: list[PassResult] = []
         for p in self.passes:
             p.foresee(program, context)
-        for p in self.passes:
+        done = [] if self.keeper is None else self.keeper.restore(program, context)
+        names = [p.name for p in self.passes]
+        end = len(names) if until is None else names.index(until) + 1
+        for i in range(len(done), end):
+            p = self.passes[i]
             if self.before is not None:
                 self.before(p, program)
+            if self.keeper is not None:
+                context.partial = self.keeper.partial(i)
             began = time.monotonic()
             try:
                 p.requires(program, context)
@@ -240,6 +290,8 @@ class PassManager:
                 if self.verify:
                     verify(program, context)
             except CarveError as e:
+                if self.keeper is not None:
+                    self.keeper.failed(i, e)
                 before = ", ".join(r.name for r in done) or "none"
                 raise type(e)(
                     e.code, f"pass {p.name} (after: {before}): {e.message}", e.hint
@@ -257,6 +309,8 @@ class PassManager:
                 record.state = self.diagnose(program)
             log.info("%s: %.1f s", p.name, seconds)
             done.append(record)
+            if self.keeper is not None:
+                self.keeper.save(program, context, done)
         return done
 
 

@@ -16,6 +16,7 @@ from carve.artifact import Artifact
 from carve.config import ConvertConfig, build, parse_size, to_toml
 from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
+from carve.state_folder import Course, discard, state_folder
 from carve.version import __version__
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from carve.calibration import Batch
     from carve.passbase import Pass, PassResult, Progress
     from carve.program import Program
+    from carve.state import PassStates
     from carve.targets import Emission
 
 log = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ def convert(
     calibration: Sequence[Batch] | None = None,
     held_out: Sequence[Batch] | None = None,
     progress: Progress | None = None,
+    course: Course | None = None,
     **settings: Any,
 ) -> Artifact:
     """Turn a dense model into a routed artifact.
@@ -128,42 +131,99 @@ def convert(
         calibration: batches for an ``nn.Module`` (a directory uses text).
         held_out: held-out batches for an ``nn.Module``.
         progress: shows the work; silent by default.
+        course: whether to go on from a stored state; from the beginning by default.
         settings: fields of `ConvertConfig`.
 
     Raises:
         UserError: the request cannot be served.
-        CarveError: a pass or an emitter failed; nothing is left behind.
+        CarveError: a pass or an emitter failed. Nothing is left under the output's name; what was
+            done is kept beside it for ``Course(resume=True)``.
     """
+    if course is not None and course.until is not None:
+        raise UserError("config", "there is no artifact yet at --until", "use carve.advance")
+    done = advance(
+        model,
+        output,
+        config,
+        example=example,
+        calibration=calibration,
+        held_out=held_out,
+        progress=progress,
+        course=course,
+        **settings,
+    )
+    assert isinstance(done, Artifact)
+    return done
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A conversion that stopped where its course ends, with its state in ``folder``."""
+
+    after: str
+    folder: Path
+    passes: list[PassResult]
+
+
+def advance(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    config: ConvertConfig | None = None,
+    *,
+    example: tuple[Tensor, ...] | None = None,
+    calibration: Sequence[Batch] | None = None,
+    held_out: Sequence[Batch] | None = None,
+    progress: Progress | None = None,
+    course: Course | None = None,
+    **settings: Any,
+) -> Artifact | Stopped:
+    """As `convert`, for a course that may stop before there is an artifact."""
     config = config or ConvertConfig(**settings)
+    course = course or Course()
     out = Path(output)
     passes = build_passes(config)
+    # Without carving, only the weights are rounded.
+    passes = [p for p in passes if p.name in _WEIGHTS_ONLY or not config.is_dense]
+    course.check([p.name for p in passes])
     art.check_output(out)
-    if isinstance(model, (str, Path)):
-        return _convert_checkpoint(Path(model), out, config, passes, progress)
-    if example is None or calibration is None:
-        raise UserError("module", "an nn.Module needs example inputs and calibration batches")
-    from carve.capture import capture_module
+    from carve.random_state import seeded
 
-    program = capture_module(model, example)
-    source = {"path": type(model).__name__, "sha256": None}
-    return _Conversion(program, out, config, passes, progress, source).run(
-        calibration, held_out or calibration, None
-    )
+    with art.explained(out), state_folder(out, course) as folder, seeded(config.seed):
+        job = _Job(out, config, passes, progress, course, folder)
+        if isinstance(model, (str, Path)):
+            return _convert_checkpoint(Path(model), job)
+        if example is None or calibration is None:
+            raise UserError("module", "an nn.Module needs example inputs and calibration batches")
+        from carve.capture import capture_module
+
+        program = capture_module(model, example)
+        source = {"path": type(model).__name__, "sha256": None}
+        return _Conversion(program, job, source).run(calibration, held_out or calibration, None)
 
 
-def _convert_checkpoint(
-    path: Path, out: Path, config: ConvertConfig, passes: list[Pass[Any]], progress: Progress | None
-) -> Artifact:
+@dataclass(frozen=True)
+class _Job:
+    """What is asked of a conversion; ``folder`` is where its state goes."""
+
+    out: Path
+    config: ConvertConfig
+    passes: list[Pass[Any]]
+    progress: Progress | None
+    course: Course
+    folder: Path
+
+
+def _convert_checkpoint(path: Path, job: _Job) -> Artifact | Stopped:
     from carve.calibration import load_tokenizer, read_text, text_batches
     from carve.capture import capture_checkpoint
     from carve.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(path)
+    checkpoint, config = Checkpoint.open(path), job.config
     foreign = [t for t in config.targets if t in FOREIGN]
     stored = sum(f.stat().st_size for f in checkpoint.weights)
     own = checkpoint.num_parameters * config.nominal_bits // 8
     needed = len(foreign) * stored + (own if len(foreign) < len(config.targets) else 0)
-    art.check_disk(out, needed + (64 << 20))
+    art.check_disk(job.out, needed + (64 << 20))
     program = capture_checkpoint(checkpoint)
     if program.inputs[0] != "input_ids":
         raise UserError(
@@ -180,7 +240,7 @@ def _convert_checkpoint(
     text = read_text(config.evaluation, "evaluation.txt")
     held = text_batches(program, tokenizer, text, length, count.final)
     source = {"path": str(path), "sha256": checkpoint.sha256()}
-    return _Conversion(program, out, config, passes, progress, source).run(batches, held, path)
+    return _Conversion(program, job, source).run(batches, held, path)
 
 
 def _check_vocabulary(program: Program, size: int) -> None:
@@ -196,30 +256,20 @@ def _check_vocabulary(program: Program, size: int) -> None:
 class _Conversion:
     """State of one conversion while it runs."""
 
-    def __init__(
-        self,
-        program: Program,
-        out: Path,
-        config: ConvertConfig,
-        passes: list[Pass[Any]],
-        progress: Progress | None,
-        source: dict[str, Any],
-    ) -> None:
+    def __init__(self, program: Program, job: _Job, source: dict[str, Any]) -> None:
         from carve.passbase import silent
 
-        self.program, self.out, self.config = program, out, config
-        # Without carving, only the weights are rounded.
-        self.passes = [p for p in passes if p.name in _WEIGHTS_ONLY or not config.is_dense]
-        self.progress = progress or silent
-        self.source = source
-        # Where a long pass keeps what it needs to go on; gone once the artifact is in place.
-        self.state = out.resolve().parent / f".{out.resolve().name}.state"
+        self.program, self.job, self.source = program, job, source
+        self.out, self.config, self.passes = job.out, job.config, job.passes
+        self.progress = job.progress or silent
         self.began = time.monotonic()
         # What targets get whose engines quantize by themselves.
         self.unrounded: Program | None = None
 
-    def run(self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None) -> Artifact:
-        """Carve, emit, check, and put the artifact in place."""
+    def run(
+        self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None
+    ) -> Artifact | Stopped:
+        """Carve, emit, check, and put the artifact in place; or stop where the course ends."""
         from carve.arithmetic import as_emitted
         from carve.diagnosis import Diagnosis, costs
         from carve.engine_form import check_source
@@ -244,11 +294,20 @@ class _Conversion:
                 with as_emitted(p):
                     return as_dict(small(p))
 
+            states = self._states(batches, held, count)
             diagnosis = Diagnosis(program, small)
             manager = PassManager(
-                self.passes, measure=measure, before=self._keep, diagnose=diagnosis.state
+                self.passes,
+                measure=measure,
+                before=self._keep,
+                diagnose=diagnosis.state,
+                keeper=states,
             )
-            results = manager(program, context)
+            results = manager(program, context, self.job.course.until)
+            self.unrounded = self.unrounded or states.earlier
+            self.began -= states.resumed_seconds
+            if self.job.course.until is not None:
+                return Stopped(results[-1].name, self.job.folder, results)
             with as_emitted(program):
                 quality = as_dict(evaluator(program))
                 use = realised(program, held[:4])
@@ -270,13 +329,32 @@ class _Conversion:
             report = {**self._report(results, emitted, quality, shares, skips), **found}
             self._write(stage, emitted, report, folder)
             art.sync(stage)
-        shutil.rmtree(self.state, ignore_errors=True)
+        if not self.job.course.keep:
+            discard(self.job.folder)
         return Artifact.open(self.out)
 
     def _keep(self, following: Pass[Any], program: Program) -> None:
         """Remember the program as it is before its weights are rounded, where a target needs it."""
-        if self.config.form.plain and self.unrounded is None and following.name in _WEIGHTS_ONLY:
+        if self.unrounded is None and self._rounds(following):
             self.unrounded = program.copy()
+
+    def _states(self, batches: Sequence[Batch], held: Sequence[Batch], count: Tokens) -> PassStates:
+        from carve import fingerprint
+        from carve.state import PassStates
+
+        return PassStates(
+            self.job.folder,
+            fingerprint.of_input(
+                self.program, self.config, self.source["sha256"], batches, held, asdict(count)
+            ),
+            [fingerprint.of_pass(p, self.config) for p in self.passes],
+            self.job.course,
+            next((p.name for p in self.passes if self._rounds(p)), None),
+        )
+
+    def _rounds(self, following: Pass[Any]) -> bool:
+        """Whether a target wants the program before this pass: its engine quantizes by itself."""
+        return self.config.form.plain and following.name in _WEIGHTS_ONLY
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
         from carve.budget import make_request, plan_skips, plan_widths
@@ -303,9 +381,8 @@ class _Conversion:
             self.progress,
             Evaluator(self.program, held_back).loss,
             stream,
-            self.state,
-            skips,
-            c.nominal_bits,
+            skips=skips,
+            bits=c.nominal_bits,
             limits=_limits(c),
         )
 
@@ -387,7 +464,9 @@ class _Conversion:
         pages = report_files(report, manifest, None if placed is None else placed.as_dict())
         for name, text in pages.items():
             (stage / name).write_text(text, encoding="utf-8")
-        art.write_json(stage / art.MANIFEST, {**manifest, "files": art.hashes(stage)})
+        manifest["files"] = art.hashes(stage)
+        manifest["digest"] = art.digest(stage, manifest)
+        art.write_json(stage / art.MANIFEST, manifest)
 
 
 def _write_placement(stage: Path, notes: dict[str, Any]) -> None:

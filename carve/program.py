@@ -9,21 +9,39 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from carve.codec import settled
 from carve.executor import Executor, Pauses
 from carve.ffn import RoutedFFN
 from carve.grid import Grid
 from carve.match import LINEAR, get_tensor
 from carve.sites import FFN, AtSite, AttentionSite, Block, FFNSite, Gate, Linear, Lookup
+from carve.storable import storable
 
 EMBEDDING = torch.ops.aten.embedding.default
 Kind = Literal["decoder", "encoder", "module"]
+
+
+@storable
+@dataclass(frozen=True)
+class Owned:
+    """An argument of a node that passes have replaced.
+
+    ``node``: the node's name; ``index`` of the argument; ``target``: the parameter that holds
+    ``value``, on ``grid``.
+    """
+
+    node: str
+    index: int
+    target: str
+    value: Tensor
+    grid: Grid | None
 
 
 @dataclass
@@ -34,7 +52,9 @@ class Program:
     decoder the cache tensors follow the logits. ``dynamic`` gives the dynamic axes of each input.
     ``attention_macs`` counts the attention projections of all blocks for one token;
     ``attention`` are those that a gate may skip. ``grids`` are what the weights of linears were
-    rounded to, by parameter.
+    rounded to, by parameter; ``owned`` are the parameters that passes have put in place of others.
+    Tensors of routed FFNs, gates and owned parameters are contiguous and aligned, see
+    `carve.codec.settled`.
     """
 
     module: fx.GraphModule
@@ -49,6 +69,7 @@ class Program:
     notes: dict[str, Any] = field(default_factory=dict)
     attention: list[AttentionSite] = field(default_factory=list)
     grids: dict[str, Grid] = field(default_factory=dict)
+    owned: set[str] = field(default_factory=set)
 
     @property
     def blocks(self) -> list[Block]:
@@ -219,10 +240,12 @@ class Program:
             config=dict(self.config),
             notes=dict(self.notes),
             grids=dict(self.grids),
+            owned=set(self.owned),
         )
 
     def set_routed(self, site: FFNSite, routed: RoutedFFN) -> None:
         """Put ``routed`` in place of the site's FFN, or in place of its former routed weights."""
+        routed = settled(routed)
         call = self._insert(site, "", torch.ops.carve.routed_ffn.default, routed.tensors())
         args = self._arguments(call, routed.arguments())
         site.output.replace_all_uses_with(call)
@@ -246,6 +269,7 @@ class Program:
             return
         if "position_ids" not in self.inputs or not block.gateable:
             raise ValueError(f"{block.name}: a gate needs positions, and [batch, length, width]")
+        gate = settled(gate)
         inputs = self.module.graph.find_nodes(op="placeholder")
         position = inputs[self.inputs.index("position_ids")]
         call = self._insert(block, "_gate", torch.ops.carve.gated.default, gate.tensors())
@@ -290,6 +314,7 @@ class Program:
         Returns:
             The linear as it is now.
         """
+        weight, bias, grid = settled((weight, bias, grid))
         given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         node = linear.output
         node.args = (node.args[0], *self._own(node, f"{linear.name}.quantized", given, grid))
@@ -298,6 +323,7 @@ class Program:
 
     def set_lookup(self, lookup: Lookup, weight: Tensor, grid: Grid) -> None:
         """Give an embedding another table, on ``grid``; what else read it keeps its own."""
+        weight, grid = settled((weight, grid))
         node = lookup.output
         node.args = (
             *self._own(node, f"{lookup.name}.quantized", {"weight": weight}, grid),
@@ -307,7 +333,7 @@ class Program:
 
     def set_argument(self, node: fx.Node, index: int, name: str, value: Tensor) -> None:
         """Give a node another stored tensor as an argument; what else read it keeps its own."""
-        (new,) = self._own(node, name, {"weight": value}, None)
+        (new,) = self._own(node, name, {"weight": settled(value)}, None)
         node.update_arg(index, new)
         self.clean()
 
@@ -319,15 +345,52 @@ class Program:
         used = {str(n.target) for n in self.module.graph.find_nodes(op="get_attr")}
         if f"{path}.weight" in used:  # the former one stays until its node is gone
             path += "_again"
-        holder = torch.nn.Module()
-        for key, tensor in tensors.items():
-            holder.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=False))
-        self.module.add_submodule(path, holder)
-        self.grids.pop(f"{path}.weight", None)
+        return [
+            self._hold(node, f"{path}.{key}", tensor, grid if key == "weight" else None)
+            for key, tensor in tensors.items()
+        ]
+
+    def _hold(self, node: fx.Node, target: str, tensor: Tensor, grid: Grid | None) -> fx.Node:
+        """A parameter ``target`` on ``grid`` that only ``node`` reads, as a node before it."""
+        path, _, leaf = target.rpartition(".")
+        try:
+            holder = self.module.get_submodule(path)
+        except AttributeError:
+            holder = torch.nn.Module()
+            self.module.add_submodule(path, holder)
+        holder.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
+        self.owned.add(target)
+        self.grids.pop(target, None)
         if grid is not None:
-            self.grids[f"{path}.weight"] = grid
+            self.grids[target] = grid
         with self.module.graph.inserting_before(node):
-            return [self.module.graph.get_attr(f"{path}.{key}") for key in tensors]
+            return self.module.graph.get_attr(target)
+
+    def arguments_owned(self) -> list[Owned]:
+        """The arguments that passes have put in place of others, in the order of the graph."""
+        found = []
+        for node in self.module.graph.nodes:
+            for i, arg in enumerate(node.args):
+                if isinstance(arg, fx.Node) and arg.op == "get_attr" and arg.target in self.owned:
+                    target = str(arg.target)
+                    value = get_tensor(self.module, arg)
+                    assert value is not None
+                    found.append(Owned(node.name, i, target, value, self.grids.get(target)))
+        return found
+
+    def set_owned(self, owned: Sequence[Owned]) -> None:
+        """Put arguments as `arguments_owned` gave them into a program without any.
+
+        Raises:
+            KeyError: the graph has no such node.
+        """
+        nodes = {n.name: n for n in self.module.graph.nodes}
+        for each in owned:
+            node = nodes[each.node]
+            args = [*node.args, *[None] * (each.index + 1 - len(node.args))]
+            args[each.index] = self._hold(node, each.target, each.value, each.grid)
+            node.args = tuple(args)
+        self.clean()
 
     def clean(self) -> None:
         """Drop dead nodes and the weights that no node uses any more."""
@@ -338,6 +401,7 @@ class Program:
             if name not in used:
                 owner, _, leaf = name.rpartition(".")
                 delattr(self.module.get_submodule(owner), leaf)
+        self.owned &= used
         self.module.delete_all_unused_submodules()
         graph.lint()
         self.module.recompile()

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from carve import dialect
 from carve.ffn import DenseFFN, RoutedFFN
 from carve.grid import Grid
+from carve.storable import storable
 
 FFN = Callable[[Tensor], Tensor]
 _aten = torch.ops.aten
@@ -32,6 +33,7 @@ def added_to(node: fx.Node) -> fx.Node | None:
     return None
 
 
+@storable
 @dataclass(frozen=True)
 class Gate:
     """Weights of a skip gate and its bridge, in the argument order of `carve.dialect.gated`."""

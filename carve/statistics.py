@@ -10,6 +10,7 @@ from torch import Tensor
 
 from carve.ffn import RoutedFFN
 from carve.sites import FFNSite
+from carve.storable import storable
 
 
 def weights_of_size(stream: Tensor) -> Tensor:
@@ -60,6 +61,7 @@ def expert_energy(
     return torch.cat(parts)
 
 
+@storable
 @dataclass(frozen=True)
 class Fit:
     """A refitted FFN: relative weighted errors on held-out tokens before and after, and strength.

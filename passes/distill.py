@@ -10,7 +10,7 @@ from torch import Tensor
 from carve.ffn import RoutedFFN
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
-from carve.statistics import refit_down
+from carve.statistics import Fit, refit_down
 from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision, shuffled
 from carve.walk import Lesson, walk
 
@@ -81,19 +81,8 @@ class Distill(Pass[DistillConfig]):
             for lesson in walk(program, context.batches, lambda s: context.progress(s, self.name)):
                 site = lesson.site
                 seen = len(lesson.x)
-                routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
-                generator = context.generator(f"distill {site.name}")
-                form = context.request.form
-                new, before[site.name], trained[site.name] = self._train(
-                    MaskedFFN(routed, form=form), lesson, steps, generator
-                )
-                fit = refit_down(
-                    new,
-                    lesson.x,
-                    lesson.target,
-                    lesson.weight,
-                    self.config.strengths,
-                    biases=not form.plain,
+                fit, before[site.name], trained[site.name] = context.partial.once(
+                    site.name, self._learn, lesson, steps, context
                 )
                 after[site.name] = fit.after
                 program.set_routed(site, fit.routed)
@@ -109,6 +98,24 @@ class Distill(Pass[DistillConfig]):
         macs = [3 * s.dense.macs * self.config.batch for s in program.carved] or [1]
         allowed = min(self.config.work / sum(macs), self.config.site_work / max(macs))
         return int(min(300, max(12, allowed)))
+
+    def _learn(self, lesson: Lesson, steps: int, context: Context) -> tuple[Fit, float, float]:
+        """Steps, then the closed form; the error on held-out tokens before and after the steps."""
+        site = lesson.site
+        routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
+        generator = context.generator(f"distill {site.name}")
+        form = context.request.form
+        model = MaskedFFN(routed, form=form)
+        new, before, trained = self._train(model, lesson, steps, generator)
+        fit = refit_down(
+            new,
+            lesson.x,
+            lesson.target,
+            lesson.weight,
+            self.config.strengths,
+            biases=not form.plain,
+        )
+        return fit, before, trained
 
     def _train(
         self, model: MaskedFFN, lesson: Lesson, steps: int, generator: torch.Generator

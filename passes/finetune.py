@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from carve import training_state
 from carve.calibration import Batch, SiteInputs
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
-from carve.training_state import TrainingState
 from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision
 
 
@@ -40,13 +39,12 @@ class FinetuneConfig:
 class FinetuneMetrics:
     """``loss``: training loss over quarters of the steps; ``tokens``: seen; ``distinct``: of them.
 
-    ``resumed``: step that the run went on from; ``kept``: whether the program got better.
+    ``kept``: whether the program got better.
     """
 
     loss: list[float]
     tokens: int
     distinct: int
-    resumed: int
     kept: bool
 
 
@@ -59,8 +57,7 @@ class Finetune(Pass[FinetuneConfig]):
     routers learn by a straight-through mask, and their biases hold the mean number of experts a
     token. No label of the text is used, so any text serves.
 
-    A state is written every ``save_seconds`` under ``context.state``, keyed by the settings, the
-    weights it began with and the text; a run that is started again goes on from it.
+    A state is kept every ``save_seconds``; a conversion that is resumed goes on from it.
     """
 
     name = "finetune"
@@ -74,10 +71,10 @@ class Finetune(Pass[FinetuneConfig]):
         batches = [*(context.stream or context.batches)]
         sizes = [_tokens(b) for b in batches]
         losses: list[float] = []
-        seen = resumed = 0
+        seen = 0
 
         def rewrite() -> None:
-            nonlocal seen, resumed
+            nonlocal seen
             models = {
                 s.name: MaskedFFN(
                     need_routed(s, self.name),
@@ -89,9 +86,7 @@ class Finetune(Pass[FinetuneConfig]):
             }
             order = list(self._order(sizes, context))
             seen = sum(sizes[i] for i in order)
-            state = self._state(program, models, batches, context)
-            plan = [batches[i] for i in order]
-            resumed = self._train(program, models, plan, state, losses, context)
+            self._train(program, models, [batches[i] for i in order], losses, context)
             for site in program.carved:
                 program.set_routed(site, models[site.name].export())
                 site.tuned = True
@@ -100,9 +95,7 @@ class Finetune(Pass[FinetuneConfig]):
         kept = unless_worse(program, context if self.config.judge else None, rewrite)
         quarter = max(1, len(losses) // 4)
         parts = [losses[i : i + quarter] for i in range(0, len(losses), quarter)][:4]
-        return FinetuneMetrics(
-            [sum(p) / len(p) for p in parts], seen, min(sum(sizes), seen), resumed, kept
-        )
+        return FinetuneMetrics([sum(p) / len(p) for p in parts], seen, min(sum(sizes), seen), kept)
 
     def _order(self, sizes: list[int], context: Context) -> Iterator[int]:
         """Batches in a new order each time round, until the tokens are seen."""
@@ -115,43 +108,21 @@ class Finetune(Pass[FinetuneConfig]):
                 left -= sizes[i]
                 yield i
 
-    def _state(
-        self,
-        program: Program,
-        models: dict[str, MaskedFFN],
-        batches: list[Batch],
-        context: Context,
-    ) -> TrainingState | None:
-        if context.state is None:
-            return None
-        digest = hashlib.sha256(repr((self.config, context.seed, torch.__version__)).encode())
-        for name, model in models.items():
-            digest.update(name.encode())
-            for tensor in model.state_dict().values():
-                digest.update(tensor.numpy().tobytes())
-        for block in program.gated:
-            for tensor in () if block.gate is None else block.gate.tensors().values():
-                digest.update(tensor.numpy().tobytes())
-        for b in batches:
-            digest.update(b.inputs[0].numpy().tobytes())
-        return TrainingState(context.state / self.name, digest.hexdigest())
-
     def _train(
         self,
         program: Program,
         models: dict[str, MaskedFFN],
         plan: list[Batch],
-        state: TrainingState | None,
         losses: list[float],
         context: Context,
-    ) -> int:
-        """Run all steps; gives the step that it went on from."""
+    ) -> None:
+        """Run all steps that are not done."""
         groups = [
             g for m in models.values() for g in m.groups(self.config.rate, self.config.router_rate)
         ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         modules = torch.nn.ModuleDict({n.replace(".", "/"): m for n, m in models.items()})
-        first = state.load(modules, optimizer, losses) if state is not None else 0
+        first = training_state.load(context.partial, modules, optimizer, losses)
         trained = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
         saved = time.monotonic()
         for step in context.progress(range(first, len(plan)), self.name):
@@ -165,10 +136,9 @@ class Finetune(Pass[FinetuneConfig]):
             for site in program.carved:
                 models[site.name].hold_mean(context.experts(site), 0.02)
             losses.append(loss.item())
-            if state is not None and time.monotonic() - saved > self.config.save_seconds:
-                state.save(modules, optimizer, step + 1, losses)
+            if time.monotonic() - saved > self.config.save_seconds:
+                training_state.save(context.partial, modules, optimizer, step + 1, losses)
                 saved = time.monotonic()
-        return first
 
     def _loss(self, program: Program, models: dict[str, MaskedFFN], batch: Batch) -> Tensor:
         dense = {s.name: s.dense for s in program.sites}

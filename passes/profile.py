@@ -11,6 +11,7 @@ from carve.passbase import Context, Pass
 from carve.program import Program
 from carve.sites import FFNSite
 from carve.statistics import weights_of_size
+from carve.storable import storable
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ProfileMetrics:
     active_mass: dict[str, float]
 
 
+@storable
 @dataclass(frozen=True)
 class NeuronProfile:
     """Statistics of one FFN's neurons, fp32 ``[m]`` each.

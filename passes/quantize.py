@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from carve.arithmetic import Precision, grids_of, rounded
+from carve.budget import Widths
 from carve.calibration import limit_batches
+from carve.codec import settled
 from carve.dialect import hidden, linear_rule, select
 from carve.errors import UserError
 from carve.ffn import RoutedFFN
@@ -21,6 +24,7 @@ from carve.quantize_units import Rounding, folds, round_ffn, round_linear, sorte
 from carve.quantizer import GPTQ, RTN, Method
 from carve.sites import FFNSite, Linear, Lookup
 from carve.statistics import ridge
+from carve.storable import storable
 from carve.tuning import calibrated
 from carve.twin import UnitLesson, twin_walk
 
@@ -58,6 +62,7 @@ class QuantizeConfig:
     block: int = BLOCK
 
 
+@storable
 @dataclass(frozen=True)
 class ExpertRecord:
     """Signal to noise in dB of each expert's result, rounded weights and activations apart.
@@ -149,9 +154,8 @@ class Quantize(Pass[QuantizeConfig]):
                 while True:
                     unit = lesson.unit
                     if isinstance(unit, Linear):
-                        unit = self._linear(
-                            program, lesson, context, how, metrics, is_head=unit.output is logits
-                        )
+                        is_head = unit.output is logits
+                        unit = self._linear(program, unit, lesson, context, how, metrics, is_head)
                     else:
                         self._ffn(program, unit, lesson, context, how, metrics)
                     lesson = walk.send(unit)
@@ -176,26 +180,30 @@ class Quantize(Pass[QuantizeConfig]):
     def _linear(
         self,
         program: Program,
+        unit: Linear,
         lesson: UnitLesson,
         context: Context,
         how: Rounding,
         metrics: QuantizeMetrics,
-        *,
         is_head: bool,
     ) -> Linear:
-        unit = lesson.unit
-        assert isinstance(unit, Linear)
-        widths = context.widths_of(unit)
         if not in_blocks(unit.weight.shape[1]):
             return unit
+        bits = context.widths_of(unit).shared
         how = replace(how, block=self._block(unit.weight.shape[1]))
-        weight, bias, grid = round_linear(lesson, widths.shared, how, is_head=is_head)
-        new = program.set_linear(unit, weight, bias, grid)
-        metrics.bits[unit.name] = widths.shared
-        held = folds(len(lesson.x))[1]
-        y = rounded(lesson.x[held], grid.block) @ grid.round(weight).T
-        metrics.error[unit.name] = _relative(y if bias is None else y + bias, lesson.target[held])
-        return new
+
+        def make() -> tuple[Tensor, Tensor | None, Grid, float]:
+            weight, bias, grid = round_linear(lesson, bits, how, is_head=is_head)
+            held = folds(len(lesson.x))[1]
+            y = rounded(lesson.x[held], grid.block) @ grid.round(weight).T
+            error = _relative(y if bias is None else y + bias, lesson.target[held])
+            return weight, bias, grid, error
+
+        # Several products may stand in one module.
+        key = f"{unit.name} {unit.output.name}"
+        weight, bias, grid, error = context.partial.once(key, make)
+        metrics.bits[unit.name], metrics.error[unit.name] = bits, error
+        return program.set_linear(unit, weight, bias, grid)
 
     def _ffn(
         self,
@@ -211,30 +219,47 @@ class Quantize(Pass[QuantizeConfig]):
         sizes = (lesson.x.shape[1], before.shared_size, before.expert_size)
         if not in_blocks(*sizes):
             return
-        widths = context.widths_of(site)
-        routed = sorted_neurons(before, lesson.x) if how.sort else before
-        held = folds(len(lesson.x))[1]
-        if self.config.realign and self.config.method == "carve":
-            routed, metrics.realigned[site.name] = realigned(routed, before, lesson)
         how = replace(how, block=self._block(*sizes))
-        new = round_ffn(routed, lesson, widths.shared, widths.experts, how)
-        program.set_routed(site, new)
+        widths = context.widths_of(site)
+
+        def make() -> tuple[RoutedFFN, dict[str, Any]]:
+            return self._rounded(program, site, lesson, widths, how)
+
+        new, found = context.partial.once(site.name, make)
+        if site.routed is not new:
+            program.set_routed(site, new)
         site.tuned = True
         metrics.bits[site.name] = widths.shared
+        for name, value in found.items():
+            getattr(metrics, name)[site.name] = value
+
+    def _rounded(
+        self, program: Program, site: FFNSite, lesson: UnitLesson, widths: Widths, how: Rounding
+    ) -> tuple[RoutedFFN, dict[str, Any]]:
+        """The FFN on its grids, put in place, and by field of `QuantizeMetrics` how it fares."""
+        before = site.routed
+        assert before is not None
+        routed = sorted_neurons(before, lesson.x) if how.sort else before
+        held = folds(len(lesson.x))[1]
+        found: dict[str, Any] = {}
+        if self.config.realign and self.config.method == "carve":
+            routed, found["realigned"] = realigned(routed, before, lesson)
+        # Weights on grids are known by where they lie, so they may not move any more.
+        new = settled(round_ffn(routed, lesson, widths.shared, widths.experts, how))
+        program.set_routed(site, new)
         x, former = lesson.x[held], lesson.reference[held]
         want = before.chosen(former)
         got = new.chosen(x)
-        metrics.agreement[site.name] = agreement(got, want)
-        metrics.agreement_clean[site.name] = agreement(new.chosen(former), want)
         either = (got | want).sum(1)
         shared = torch.where(either > 0, (got & want).sum(1) / either.clamp_min(1), 1.0)
-        metrics.jaccard[site.name] = float(shared.mean())
-        metrics.margin[site.name] = _margin(before, former, got ^ want)
-        metrics.experts[site.name] = _record(
-            routed, new, lesson.x, new.chosen(lesson.x), how, widths.experts
-        )
+        found["agreement"] = agreement(got, want)
+        found["agreement_clean"] = agreement(new.chosen(former), want)
+        found["jaccard"] = float(shared.mean())
+        found["margin"] = _margin(before, former, got ^ want)
+        found["experts"] = _record(routed, new, lesson.x, new.chosen(lesson.x), how, widths.experts)
         with linear_rule(Precision(program, 16).rule()):
-            metrics.error[site.name] = _relative(new(x), lesson.target[held])
+            found["error"] = _relative(new(x), lesson.target[held])
+        return new, found
 
 
 def _relative(y: Tensor, target: Tensor) -> float:

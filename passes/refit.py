@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
-from carve.statistics import refit_down
+from carve.statistics import Fit, refit_down
 from carve.tuning import calibrated
-from carve.walk import walk
+from carve.walk import Lesson, walk
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,7 @@ class Refit(Pass[RefitConfig]):
         def rewrite() -> None:
             for lesson in walk(program, context.batches, lambda s: context.progress(s, self.name)):
                 site = lesson.site
-                routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
-                fit = refit_down(
-                    routed,
-                    lesson.x,
-                    lesson.target,
-                    lesson.weight,
-                    self.config.strengths,
-                    biases=not context.request.form.plain,
-                )
+                fit = context.partial.once(site.name, self._fit, lesson, context)
                 program.set_routed(site, fit.routed)
                 site.tuned = True
                 before[site.name], after[site.name] = fit.before, fit.after
@@ -75,3 +67,15 @@ class Refit(Pass[RefitConfig]):
 
         kept = unless_worse(program, context if self.config.judge else None, rewrite)
         return RefitMetrics(before, after, strength, kept)
+
+    def _fit(self, lesson: Lesson, context: Context) -> Fit:
+        site = lesson.site
+        routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
+        return refit_down(
+            routed,
+            lesson.x,
+            lesson.target,
+            lesson.weight,
+            self.config.strengths,
+            biases=not context.request.form.plain,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -23,12 +24,14 @@ from carve.checkpoint import Checkpoint
 from carve.config import apply_settings, from_table, read_recipe
 from carve.errors import CarveError
 from carve.files import looking_into, read_json
+from carve.passbase import Partial
 from carve.pipeline import build_passes
 from carve.placement.devices import read_devices
 from carve.placement.sizes import Sizes
 from carve.placement.trace import Trace
 from carve.report import render
-from carve.training_state import TrainingState
+from carve.store import StateError, Store, Stored
+from carve.training_state import load, save
 
 _DEVICES: dict[str, Any] = {
     "device": [
@@ -77,7 +80,10 @@ def plain_seeds(folder: Path) -> None:
     model, optimizer = _trainee()
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
-    TrainingState(folder / "state", "key").save(model, optimizer, 1, [0.5])
+    kept = _Kept()
+    save(kept, model, optimizer, 1, [0.5])
+    stored, _ = Store(folder / "objects").put(kept.value)
+    (folder / "objects" / f"{stored.file}.safetensors").rename(folder / "state.safetensors")
 
 
 def toml_text(tables: dict[str, Any]) -> bytes:
@@ -89,6 +95,18 @@ def toml_text(tables: dict[str, Any]) -> bytes:
             lines.append(f"[[{name}]]" if several else f"[{name}]")
             lines += [f"{k} = {json.dumps(v)}" for k, v in one.items()]
     return "\n".join(lines).encode()
+
+
+class _Kept(Partial):
+    """Keeps one value."""
+
+    value: Any = None
+
+    def get(self, key: str) -> Any:
+        return self.value
+
+    def put(self, key: str, value: Any) -> None:
+        self.value = value
 
 
 def _trainee() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -151,17 +169,29 @@ def targets(seeds: Path, work: Path) -> dict[str, Callable[[], Target]]:
         return run
 
     def state() -> Target:
-        path = work / "state.safetensors"
-        sound = (seeds / "state/state.safetensors").read_bytes()
+        folder = work / "objects"
+        folder.mkdir()
+        sound = (seeds / "state.safetensors").read_bytes()
         size = int.from_bytes(sound[:8], "little")
         header, body = json.loads(sound[8 : 8 + size]), sound[8 + size :]
 
         def run(data: bytes) -> None:
-            path.write_bytes(_safetensors(header, body, Choices(data)))
+            # Under the name that belongs to it, or nothing of it would be looked at.
+            damaged = _safetensors(header, body, Choices(data))
+            name = hashlib.sha256(damaged).hexdigest()
+            path = folder / f"{name}.safetensors"
+            path.write_bytes(damaged)
+            kept = _Kept()
+            try:
+                kept.value = Store(folder).get(Stored(name, (name,)))
+            except StateError:
+                return
+            finally:
+                path.unlink()
             model, optimizer = _trainee()
             before = [p.clone() for p in model.parameters()]
             losses: list[float] = []
-            step = TrainingState(work, "key").load(model, optimizer, losses)
+            step = load(kept, model, optimizer, losses)
             if step == 0 and not losses:
                 assert all(map(torch.equal, before, model.parameters()))
             optimizer.zero_grad()

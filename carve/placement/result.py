@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from carve.storable import storable
 
+
+@storable
 @dataclass(frozen=True)
 class Placement:
     """Where every routed expert lives.

@@ -17,8 +17,10 @@ from carve.placement.devices import Devices
 from carve.placement.problem import Problem
 from carve.placement.trace import Trace
 from carve.program import Program
+from carve.storable import storable
 
 
+@storable
 @dataclass(frozen=True)
 class Sizes:
     """What `Problem` has to know of a model; as JSON it is enough to place it anew.

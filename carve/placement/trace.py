@@ -14,6 +14,7 @@ from carve_runtime.files import open_regular
 from numpy.typing import NDArray
 
 from carve.errors import UserError
+from carve.storable import storable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Mask = NDArray[np.bool_]
 
 
+@storable
 @dataclass(frozen=True)
 class Trace:
     """``layers``: names of the routed FFNs; ``chosen[l]``: bool ``[T, E_l]``, tokens in order."""

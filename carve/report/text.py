@@ -66,34 +66,29 @@ def render(report: dict[str, Any]) -> str:
             f"skipped tokens asked {skip['asked']}, realised {skip['realised']:.3f} of the tokens "
             f"at {len(skip['blocks'])} gated blocks"
         ]
-    encoder = any("cosine_mean" in (p["quality"] or {}) for p in report["passes"])
-    names = ["cosine_mean", "cosine_p5"] if encoder else ["perplexity", "kl", "top1_agreement"]
-    rows = [["pass", "seconds", "peak MB", *names]]
-    for p in report["passes"]:
-        q = p["quality"] or {}
-        rows.append(
-            [
-                p["name"],
-                f"{p['seconds']:.1f}",
-                f"{p['peak_rss_mb']:.0f}",
-                *(_number(q.get(n), 4 if n != "perplexity" else 2) for n in names),
-            ]
-        )
-    if quality:
-        rows.append(
-            [
-                "all held-out text",
-                "",
-                "",
-                *(_number(quality.get(n), 4 if n != "perplexity" else 2) for n in names),
-            ]
-        )
-    lines.append(table(rows))
+    lines.append(pass_table(report["passes"], quality))
     lines += _allocation(report)
     lines += _gates(report)
     lines += _widths(report)
     lines += _placement(report)
     return "\n".join(_printable(line) for text in lines for line in text.split("\n"))
+
+
+def pass_table(passes: list[dict[str, Any]], quality: dict[str, Any] | None = None) -> str:
+    """A row a pass, and ``quality`` on all held-out text."""
+    encoder = any("cosine_mean" in (p["quality"] or {}) for p in passes)
+    names = ["cosine_mean", "cosine_p5"] if encoder else ["perplexity", "kl", "top1_agreement"]
+
+    def figures_of(q: dict[str, Any]) -> list[str]:
+        return [_number(q.get(n), 4 if n != "perplexity" else 2) for n in names]
+
+    rows = [["pass", "seconds", "peak MB", *names]]
+    for p in passes:
+        cost = [f"{p['seconds']:.1f}", f"{p['peak_rss_mb']:.0f}"]
+        rows.append([p["name"], *cost, *figures_of(p["quality"] or {})])
+    if quality:
+        rows.append(["all held-out text", "", "", *figures_of(quality)])
+    return table(rows)
 
 
 def _placement(report: dict[str, Any]) -> list[str]:

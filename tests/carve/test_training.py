@@ -40,6 +40,8 @@ from carve.passes import (
 )
 from carve.program import Program
 from carve.sites import FFNSite
+from carve.state import PassStates
+from carve.state_folder import Course
 from carve.statistics import refit_down, weights_of_size
 from carve.tuning import MaskedFFN, calibrated, shuffled, threshold
 from carve.walk import walk
@@ -298,16 +300,40 @@ def test_what_makes_it_worse_is_undone(routed: Routed) -> None:
     assert unless_worse(program, None, spoil)
 
 
-def finetune(routed: Routed, program: Program, state: Path | None, **more: Any) -> Any:
-    config = FinetuneConfig(tokens=20_000, save_seconds=0.0, judge=False)
-    (result,) = routed.run(program, Finetune(config), state=state, **more)
+class Steps:
+    """A progress that counts the steps of training, and may kill the run before one of them."""
+
+    def __init__(self, kill_at: int = -1) -> None:
+        self.kill_at, self.done = kill_at, 0
+
+    def __call__(self, items: Sequence[Any], label: str) -> Iterator[Any]:
+        for i, item in enumerate(items):
+            if label == "finetune":
+                if i == self.kill_at:
+                    raise KeyboardInterrupt
+                self.done += 1
+            yield item
+
+
+def finetune(
+    routed: Routed,
+    program: Program,
+    folder: Path,
+    steps: Steps | None = None,
+    tokens: int = 20_000,
+) -> Any:
+    config = FinetuneConfig(tokens=tokens, save_seconds=0.0, judge=False)
+    parts = {"the pass": "finetune", "tokens": tokens}
+    states = PassStates(folder, {}, [parts], Course(resume=True))
+    context = routed.context(progress=steps or Steps())
+    (result,) = PassManager([Finetune(config)], keeper=states)(program, context)
     return result.metrics
 
 
 def test_finetune_lowers_the_loss(routed: Routed, tmp_path: Path) -> None:
     program = routed.copy()
     before = routed.judge.loss(program)
-    metrics = finetune(routed, program, None)
+    metrics = finetune(routed, program, tmp_path)
     assert routed.judge.loss(program) < before
     assert metrics["loss"][-1] < metrics["loss"][0]
     assert 15_000 < metrics["tokens"] <= 20_000
@@ -315,36 +341,34 @@ def test_finetune_lowers_the_loss(routed: Routed, tmp_path: Path) -> None:
 
 
 def test_finetune_goes_on_where_it_was_killed(routed: Routed, tmp_path: Path) -> None:
-    whole = routed.copy()
-    finetune(routed, whole, None)
-
-    def until(count: int) -> Any:
-        def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
-            for i, item in enumerate(items):
-                if label == "finetune" and i == count:
-                    raise KeyboardInterrupt
-                yield item
-
-        return progress
-
+    whole, steps = routed.copy(), Steps()
+    want = finetune(routed, whole, tmp_path / "whole", steps)
     with pytest.raises(KeyboardInterrupt):
-        finetune(routed, routed.copy(), tmp_path, progress=until(7))
-    resumed = routed.copy()
-    metrics = finetune(routed, resumed, tmp_path)
-    assert metrics["resumed"] >= 6
+        finetune(routed, routed.copy(), tmp_path, Steps(kill_at=7))
+    resumed, rest = routed.copy(), Steps()
+    assert finetune(routed, resumed, tmp_path, rest) == want
+    assert rest.done <= steps.done - 6
     for a, b in zip(whole.carved, resumed.carved, strict=True):
         assert a.routed is not None
         assert b.routed is not None
         for name, tensor in a.routed.tensors().items():
-            torch.testing.assert_close(b.routed.tensors()[name], tensor)
-    # Another run does not take the state for its own.
-    other = routed.copy()
-    config = FinetuneConfig(tokens=10_000, judge=False)
-    (result,) = routed.run(other, Finetune(config), state=tmp_path)
-    assert result.metrics["resumed"] == 0
+            assert torch.equal(b.routed.tensors()[name], tensor)
 
 
-def test_a_damaged_state_is_left_out(routed: Routed, tmp_path: Path) -> None:
-    (tmp_path / "finetune").mkdir()
-    (tmp_path / "finetune" / "state.safetensors").write_bytes(b"\x00" * 100)
-    assert finetune(routed, routed.copy(), tmp_path)["resumed"] == 0
+@pytest.mark.parametrize("how", ["other settings", "damaged", "missing"])
+def test_training_state_that_is_not_used(how: str, routed: Routed, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        finetune(routed, routed.copy(), tmp_path, Steps(kill_at=5))
+    for file in (tmp_path / "objects").iterdir():
+        if how == "damaged":
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+        elif how == "missing":
+            file.unlink()
+    steps = Steps()
+    finetune(routed, routed.copy(), tmp_path, steps, 10_000 if how == "other settings" else 20_000)
+    whole = Steps()
+    other = tmp_path / "fresh"
+    finetune(routed, routed.copy(), other, whole, 10_000 if how == "other settings" else 20_000)
+    assert steps.done == whole.done
