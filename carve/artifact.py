@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from carve.engine_form import FOREIGN
-from carve.errors import CarveError, UserError
+from carve.errors import CarveError, UserError, is_out_of_memory
 from carve.files import looking_into, read_json
 
 SCHEMA = 1
@@ -134,16 +134,13 @@ def explained(path: Path) -> Iterator[None]:
             raise UserError(
                 "output", f"{e.filename or path} cannot be written to", "choose another -o"
             ) from e
-        if e.errno == errno.ENOMEM:
-            raise _no_memory() from e
-        raise CarveError("write", f"{path} could not be written: {e}") from e
-    except MemoryError as e:
+        if not is_out_of_memory(e):
+            raise CarveError("write", f"{path} could not be written: {e}") from e
         raise _no_memory() from e
-    except RuntimeError as e:
-        # torch and onnxruntime have no class of their own for it.
-        if any(words in str(e) for words in ("can't allocate memory", "bad_alloc", "bad alloc")):
-            raise _no_memory() from e
-        raise
+    except Exception as e:
+        if getattr(e, "code", "") == "memory" or not is_out_of_memory(e):
+            raise
+        raise _no_memory() from e
 
 
 def _no_memory() -> CarveError:

@@ -19,6 +19,17 @@ class CarveError(Exception):
         self.code, self.message, self.hint = code, message, hint
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a failure, or what caused it, is that there was no memory."""
+    # torch and onnxruntime have no class of their own for it.
+    words = ("can't allocate memory", "bad_alloc", "bad alloc", "Cannot allocate memory")
+    while error is not None:
+        if isinstance(error, MemoryError) or any(w in str(error) for w in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class UserError(CarveError):
     """The request itself cannot be served; the command line exits with 2."""
 

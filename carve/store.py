@@ -107,7 +107,7 @@ class Store:
             raise CarveError("state", str(e)) from e
         data = save(_apart(own), {"value": json.dumps(tree)})
         name = hashlib.sha256(data).hexdigest()
-        if not self._path(name).is_file():
+        if not self._whole(name):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self._path(name), data)
         self._checked.add(name)
@@ -163,6 +163,14 @@ class Store:
         if not _NAME.fullmatch(name):
             raise StateError(f"{name[:80]!r} is no hash")
         return self.folder / f"{name}{_SUFFIX}"
+
+    def _whole(self, name: str) -> bool:
+        """Whether a file is there as its name says; a damaged one is written anew."""
+        try:
+            self._check(name)
+        except StateError:
+            return False
+        return True
 
     def _check(self, name: str) -> Path:
         path = self._path(name)
