@@ -15,6 +15,7 @@ from carve.errors import CarveError, UserError
 from carve.version import __version__
 
 if TYPE_CHECKING:
+    from carve.config import ConvertConfig
     from carve.pipeline import Stopped
 
 # onnxruntime reports usage by default; a compiler of other people's models does not.
@@ -67,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings"
     )
     c.add_argument("--seed", type=int)
+    c.add_argument(
+        "--dump-recipe",
+        action="store_true",
+        help="print the recipe with every setting of every pass, and convert nothing",
+    )
     c.add_argument(
         "--resume", action="store_true", help="go on where a run with the same output stopped"
     )
@@ -264,6 +270,8 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     }
     general.update({k: v for k, v in given.items() if v is not None})
     config = from_table(table)
+    if args.dump_recipe:
+        return _dump(config, as_json=args.json)
     model = Path(args.model)
     output = Path(args.output or f"{model.name}-carved")
     from carve.pipeline import Stopped, advance
@@ -287,6 +295,19 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         _out(render(r))
         _out(f"\n{output}")
     return result
+
+
+def _dump(config: ConvertConfig, *, as_json: bool) -> dict[str, Any]:
+    """The resolved recipe."""
+    import tomllib
+
+    from carve.pipeline import passes_of
+    from carve.recipe import resolved
+
+    text = resolved(config, passes_of(config))
+    if not as_json:
+        _out(text.rstrip("\n"))
+    return tomllib.loads(text)
 
 
 def _stopped(stopped: Stopped, *, as_json: bool) -> dict[str, Any]:
@@ -438,10 +459,25 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 def _list(args: argparse.Namespace) -> dict[str, Any]:
     from carve.config import PASS_NAMES, TARGETS
 
-    names = list(PASS_NAMES if args.what == "passes" else TARGETS)
+    if args.what == "targets":
+        if not args.json:
+            _out("\n".join(TARGETS))
+        return {"targets": list(TARGETS)}
+    from carve.settings import of_pass
+
+    found = {name: of_pass(name) for name in PASS_NAMES}
     if not args.json:
-        _out("\n".join(names))
-    return {args.what: names}
+        for name, (what, settings) in found.items():
+            _out(f"{name}: {what}")
+            for s in settings:
+                _out(f"    {s.name} = {json.dumps(s.default)}: {s.about}")
+    return {
+        "passes": list(PASS_NAMES),
+        "settings": {
+            name: {s.name: {"default": s.default, "about": s.about} for s in settings}
+            for name, (_, settings) in found.items()
+        },
+    }
 
 
 _COMMANDS = {

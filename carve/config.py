@@ -7,9 +7,8 @@ and become the passes' own dataclasses when the pipeline is built.
 from __future__ import annotations
 
 import difflib
-import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from carve.engine_form import FORMS, EngineForm, check_request, form_of
 from carve.errors import UserError
 from carve.files import parse_toml, read_toml
+from carve.typed import fits
 
 PASS_NAMES = (
     "place_gates",
@@ -259,15 +259,13 @@ def _typed(key: str, value: Any) -> Any:
         UserError: it is of another.
     """
     want = get_type_hints(ConvertConfig)[key]
-    kinds = set(get_args(want) or (want,))
-    if get_origin(want) is tuple:
-        fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    else:
-        # A whole number will do for a float, but true is no number.
-        fits = type(value) in kinds or (type(value) is int and float in kinds)
-    if not fits:
-        names = " or ".join(sorted(k.__name__ for k in kinds if k not in (Ellipsis, NoneType)))
-        raise UserError("recipe", f"convert.{key} = {value!r:.60} has to be of type {names}")
+    if not fits(value, want):
+        kinds = set(get_args(want) or (want,)) - {Ellipsis, NoneType}
+        names = " or ".join(sorted(k.__name__ for k in kinds))
+        listed = "list of " if get_origin(want) is tuple else ""
+        raise UserError(
+            "recipe", f"convert.{key} = {value!r:.60} has to be of type {listed}{names}"
+        )
     return value
 
 
@@ -311,15 +309,6 @@ def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
         except ValueError:
             value = text.strip()
         table.setdefault(section, {})[key] = value
-
-
-def to_toml(config: ConvertConfig) -> str:
-    """The resolved recipe as TOML."""
-    general = {k: v for k, v in asdict(config).items() if k != "passes" and v is not None}
-    lines = ["[convert]", *(f"{k} = {json.dumps(v)}" for k, v in general.items())]
-    for name, values in config.passes.items():
-        lines += ["", f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
-    return "\n".join(lines) + "\n"
 
 
 def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:

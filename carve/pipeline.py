@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from carve import artifact as art
 from carve.artifact import Artifact
-from carve.config import ConvertConfig, build, parse_size, to_toml
+from carve.config import ConvertConfig, build, parse_size
 from carve.engine_form import FOREIGN
 from carve.errors import CarveError, UserError
+from carve.recipe import resolved
 from carve.state_folder import Course, discard, state_folder
 from carve.version import __version__
 
@@ -77,6 +78,12 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         given = {} if config.devices is None else {"devices": config.devices}
         listed.append(make(p.Place, p.PlaceConfig, **given))
     return listed
+
+
+def passes_of(config: ConvertConfig) -> list[Pass[Any]]:
+    """The passes that a conversion runs: without carving, only the weights are rounded."""
+    passes = build_passes(config)
+    return [p for p in passes if p.name in _WEIGHTS_ONLY or not config.is_dense]
 
 
 @dataclass(frozen=True)
@@ -181,9 +188,7 @@ def advance(
     config = config or ConvertConfig(**settings)
     course = course or Course()
     out = Path(output)
-    passes = build_passes(config)
-    # Without carving, only the weights are rounded.
-    passes = [p for p in passes if p.name in _WEIGHTS_ONLY or not config.is_dense]
+    passes = passes_of(config)
     course.check([p.name for p in passes])
     art.check_output(out)
     from carve.random_state import seeded
@@ -428,7 +433,7 @@ class _Conversion:
         for i, record in enumerate(report["passes"]):
             name = record["name"].replace(" ", "-")
             art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
-        recipe = to_toml(self.config)
+        recipe = resolved(self.config, self.passes)
         (stage / "recipe.toml").write_text(recipe, encoding="utf-8")
         homes = [stage, *(stage / e.folder for e in emitted.values() if e.shared_cache is None)]
         for name in TOKENIZER_FILES if folder is not None else ():

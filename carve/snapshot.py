@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from carve.codec import fits
 from carve.errors import UserError
 from carve.ffn import RoutedFFN
 from carve.passbase import Context
@@ -12,6 +11,7 @@ from carve.program import Owned, Program
 from carve.random_state import random_states, set_random_states
 from carve.sites import Gate
 from carve.store import StateError, Store, Stored
+from carve.typed import fits
 
 _CONTEXT = ("splits", "skips", "widths")
 

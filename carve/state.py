@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from carve import snapshot
-from carve.codec import fits
 from carve.errors import CarveError, UserError
 from carve.fingerprint import Parts, difference
 from carve.passbase import Context, ContractError, Partial, PassResult
 from carve.program import Program
 from carve.state_folder import Course
 from carve.store import StateError, Store, Stored, parse_stored, read_index, write_index
+from carve.typed import fits
 
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ class AllocateConfig:
     of neurons kept, and of tokens skipped, where each site's effect on the whole program is
     measured. ``step``: active shares offered, in steps of it. ``tokens``: calibration tokens for
     the errors. ``narrow``: offer narrower FFNs. ``skip``: offer gates on every block but the last
-    layer's, at the rates ``skips``; there ``routing`` is what routing and training leave of a
-    static width's loss and ``joint`` how much more several gates cost than each alone (both as
-    measured on the reference model), so that the two savings are compared as they end up.
+    layer's. ``skips``: their rates. ``routing``: what routing and training leave of a static
+    width's loss, and ``joint``: how much more several gates cost than each alone, both as measured
+    on the reference model, so that the two savings are compared as they end up.
     """
 
     policy: str = "measured"

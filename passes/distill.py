@@ -19,11 +19,11 @@ from carve.walk import Lesson, walk
 class DistillConfig:
     """Settings of `Distill`.
 
-    ``steps``: at the most, for each site; 0 takes as many as ``work`` (all sites together) and
-    ``site_work`` (one site) allow, in multiply-accumulates. ``batch``: tokens a step. ``rate``:
-    step size of Adam relative to the size of each tensor. ``strengths``: of the closed
-    form after the steps. ``judge``: keep the whole pass only where the program's loss against the
-    dense one, end to end, gets lower.
+    ``steps``: at the most, for each site; 0 takes as many as ``work`` and ``site_work`` allow.
+    ``work``: multiply-accumulates of all sites together. ``site_work``: of one site. ``batch``:
+    tokens a step. ``rate``: step size of Adam relative to the size of each tensor. ``strengths``:
+    of the closed form after the steps. ``judge``: keep the whole pass only where the program's loss
+    against the dense one, end to end, gets lower.
     """
 
     steps: int = 0

@@ -29,8 +29,9 @@ class GateConfig:
     width. ``rank``: of a low-rank bridge. ``always``: the first tokens of a sequence that always
     run. ``tokens``: calibration tokens. ``strength``: ridge strength of the scores. ``label``: what
     scores are fitted to, ``error`` of the stream or ``loss`` of the next token. ``training``:
-    ``labels`` (closed form) or ``straight_through``, which then trains the scores end to end for
-    ``steps`` steps of ``batch`` rows at Adam's ``rate`` relative to their size.
+    ``labels`` (closed form) or ``straight_through``, which then trains the scores end to end.
+    ``steps``: of that training. ``batch``: rows a step. ``rate``: of Adam, relative to the scores'
+    size.
     """
 
     bridge: str = "auto"

@@ -48,8 +48,9 @@ class QuantizeConfig:
     ``method``: ``carve``, or to compare with ``rtn`` (round-to-nearest), ``gptq`` (each expert by
     its own tokens), ``gptq-all`` (every token through every expert), ``gptq-fallback``
     (round-to-nearest where that is better) or ``eaquant`` (balanced tokens; with the smoothing of
-    `carve.passes.Smooth` before). ``tokens``: calibration tokens. ``prior`` and ``sweeps``: see
-    `carve.quantize_units.Rounding` and `carve.quantizer.Method`. ``realign``: fit the routers again
+    `carve.passes.Smooth` before). ``tokens``: calibration tokens. ``prior``: pseudo-tokens,
+    as a share of the input width, by which an expert leans on what all tokens show. ``sweeps``:
+    rounds of coordinate descent on levels and scales. ``realign``: fit the routers again
     to what quantized inputs they see, where held-out agreement gets better. ``block``: weights a
     scale, 32, or 128 where all widths of a unit are multiples of it (4.25 bits a weight, not 5).
     """

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from carve.codec import CodecError, decode, fits, settled
+from carve.codec import CodecError, decode, settled
 from carve.errors import CarveError, UserError
 from carve.state_folder import Course, state_folder, state_path
 from carve.storable import storable
 from carve.store import StateError, Store, write_index
+from carve.typed import fits
 
 # Values
 
