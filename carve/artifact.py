@@ -207,8 +207,8 @@ def digest(root: Path, manifest: dict[str, Any]) -> str:
     for name in sorted(manifest["files"]):
         if name.endswith(".html"):
             continue
-        if name in ("report.json", "placement.json") or name.startswith("passes/"):
-            found[name] = _hash_of(_lasting(read_json(root / name)))
+        if name in (REPORT, "placement.json") or name.startswith("passes/"):
+            found[name] = _hash_of(_lasting(read_json(root / name, finite=False)))
         else:
             found[name] = sha256(root / name)
     said = {k: v for k, v in manifest.items() if k not in ("files", "digest", "source")}

@@ -7,6 +7,7 @@ and become the passes' own dataclasses when the pipeline is built.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -251,7 +252,7 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
                 if key not in _GENERAL:
                     raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
                 general[key] = tuple(value) if isinstance(value, list) else value
-                if not fits(general[key], kinds[key]):
+                if not _takes(kinds[key], general[key]):
                     raise UserError(
                         "recipe",
                         f"convert.{key} = {value!r:.60} has to be of type {_named(kinds[key])}",
@@ -262,6 +263,12 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
             known = ("convert", *PASS_NAMES)
             raise UserError("recipe", f"unknown section [{section}]{nearest(section, known)}")
     return ConvertConfig(**general, passes=passes)
+
+
+def _takes(kind: Any, value: Any) -> bool:
+    """Whether a setting of a type takes a value; numbers have to be finite."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return fits(value, kind) and all(math.isfinite(v) for v in parts if isinstance(v, float))
 
 
 def _named(kind: Any) -> str:
@@ -326,7 +333,7 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
     for key, value in given.items():
         if key not in known:
             raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, known)}")
-        if not fits(value, kinds[key]):
+        if not _takes(kinds[key], value):
             raise UserError(
                 "recipe",
                 f"{section}.{key} = {value!r:.60} has to be of type {_named(kinds[key])}",

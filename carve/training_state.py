@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +43,44 @@ def save(
 def load(
     partial: Partial, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]
 ) -> int:
-    """Take over a kept state; gives its step, or 0 where there is none.
-
-    Raises:
-        RuntimeError: it is of another model.
-    """
+    """Take over a kept state; gives its step, or 0 where there is none that fits."""
     state = partial.get(_KEY)
-    if not isinstance(state, TrainingState):
+    if state is None:
         return 0
-    model.load_state_dict(state.model)
+    try:
+        if not isinstance(state, TrainingState):
+            raise TypeError("it is something else")  # noqa: TRY301
+        _check_fits(model, optimizer, state)
+    except (TypeError, ValueError) as e:
+        log.warning("the state of training cannot be used and is left out: %s", e)
+        return 0
+    # Nothing fails from here: half a state would be a run of its own.
     whole: dict[str, Any] = optimizer.state_dict()
+    model.load_state_dict(state.model)
     optimizer.load_state_dict({**whole, "state": state.moments})
     losses[:] = state.losses
     log.info("going on from step %d", state.step)
     return state.step
+
+
+def _check_fits(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    """Check names, shapes, dtypes and values before any of them is taken over.
+
+    Raises:
+        ValueError: they are not this model's and its optimizer's.
+    """
+    if state.step < 0 or not all(map(math.isfinite, state.losses)):
+        raise ValueError("step or losses are out of range")
+    want = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+    have = {k: (v.shape, v.dtype) for k, v in state.model.items()}
+    if have != want:
+        raise ValueError("its weights are another model's")
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, of in state.moments.items():
+        shapes = {k: v.shape for k, v in of.items()}
+        p = trained[index] if 0 <= index < len(trained) else torch.empty(0)
+        if shapes != {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+            raise ValueError(f"the moments of parameter {index} do not fit")
+    every = [*state.model.values(), *(v for of in state.moments.values() for v in of.values())]
+    if not all(bool(torch.isfinite(v).all()) for v in every):
+        raise ValueError("it holds NaN or infinity")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a declared type, as far as dataclasses here declare any.
-
-    Numbers have to be finite, and true is none.
-    """
+    """Whether a value is of a declared type, as far as dataclasses here declare any."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -33,5 +29,5 @@ def fits(value: Any, hint: Any) -> bool:
         )
     if hint in (int, float):
         number = isinstance(value, int) or (hint is float and isinstance(value, float))
-        return number and not isinstance(value, bool) and math.isfinite(value)
+        return number and not isinstance(value, bool)
     return isinstance(value, origin or hint)

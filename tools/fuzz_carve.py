@@ -15,6 +15,7 @@ from carve_runtime.errors import CarveRuntimeError
 from fuzz_mutate import Choices, json_bytes, raw_bytes, toml_bytes
 from fuzz_runtime import TRICKS, Sandbox, Target, allowed
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import carve
 from carve.artifact import REPORT, Artifact
@@ -23,12 +24,14 @@ from carve.checkpoint import Checkpoint
 from carve.config import apply_settings, from_table, read_recipe
 from carve.errors import CarveError
 from carve.files import looking_into, read_json
+from carve.passbase import Partial
 from carve.pipeline import build_passes
 from carve.placement.devices import read_devices
 from carve.placement.sizes import Sizes
 from carve.placement.trace import Trace
 from carve.report import render
 from carve.store import StateError, Store, Stored
+from carve.training_state import load, save
 
 _DEVICES: dict[str, Any] = {
     "device": [
@@ -74,8 +77,13 @@ def plain_seeds(folder: Path) -> None:
     whole.unlink()
     index = folder / "shards/model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": table}), "utf-8")
-    value = {"step": 3, "losses": (0.5, 0.25), "weights": {"a": torch.ones(2, 3)}}
-    Store(folder / "state").put(value)
+    model, optimizer = _trainee()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    kept = _Kept()
+    save(kept, model, optimizer, 1, [0.5])
+    stored, _ = Store(folder / "objects").put(kept.value)
+    (folder / "objects" / f"{stored.file}.safetensors").rename(folder / "state.safetensors")
 
 
 def toml_text(tables: dict[str, Any]) -> bytes:
@@ -87,6 +95,24 @@ def toml_text(tables: dict[str, Any]) -> bytes:
             lines.append(f"[[{name}]]" if several else f"[{name}]")
             lines += [f"{k} = {json.dumps(v)}" for k, v in one.items()]
     return "\n".join(lines).encode()
+
+
+class _Kept(Partial):
+    """Keeps one value."""
+
+    value: Any = None
+
+    def get(self, key: str) -> Any:
+        return self.value
+
+    def put(self, key: str, value: Any) -> None:
+        self.value = value
+
+
+def _trainee() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return model, torch.optim.Adam(model.parameters())
 
 
 def targets(seeds: Path, work: Path) -> dict[str, Callable[[], Target]]:
@@ -143,21 +169,34 @@ def targets(seeds: Path, work: Path) -> dict[str, Callable[[], Target]]:
         return run
 
     def state() -> Target:
-        (file,) = (seeds / "state").iterdir()
-        sound = file.read_bytes()
+        folder = work / "objects"
+        folder.mkdir()
+        sound = (seeds / "state.safetensors").read_bytes()
         size = int.from_bytes(sound[:8], "little")
         header, body = json.loads(sound[8 : 8 + size]), sound[8 + size :]
 
         def run(data: bytes) -> None:
-            made = _safetensors(header, body, Choices(data))
-            # Whoever writes a file can name it by its hash.
-            name = hashlib.sha256(made).hexdigest()
-            path = work / f"{name}.safetensors"
-            path.write_bytes(made)
+            # Under the name that belongs to it, or nothing of it would be looked at.
+            damaged = _safetensors(header, body, Choices(data))
+            name = hashlib.sha256(damaged).hexdigest()
+            path = folder / f"{name}.safetensors"
+            path.write_bytes(damaged)
+            kept = _Kept()
             try:
-                allowed(lambda: Store(work).get(Stored(name, (name,))), StateError)()
+                kept.value = Store(folder).get(Stored(name, (name,)))
+            except StateError:
+                return
             finally:
                 path.unlink()
+            model, optimizer = _trainee()
+            before = [p.clone() for p in model.parameters()]
+            losses: list[float] = []
+            step = load(kept, model, optimizer, losses)
+            if step == 0 and not losses:
+                assert all(map(torch.equal, before, model.parameters()))
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
 
         return run
 

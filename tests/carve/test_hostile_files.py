@@ -9,11 +9,13 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from carve_runtime.errors import ArtifactError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,9 +28,11 @@ from carve.config import apply_settings, from_table, read_recipe
 from carve.errors import UserError
 from carve.files import read_json, read_toml
 from carve.measure import source_of
+from carve.passbase import Partial
 from carve.placement.devices import parse_devices
 from carve.placement.sizes import Sizes
 from carve.placement.trace import Trace
+from carve.training_state import TrainingState, load, save
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import fuzz_carve
@@ -303,6 +307,61 @@ def test_artifact_that_points_elsewhere(tmp_path: Path) -> None:
     (folder / "report.json").symlink_to(tmp_path / "report.json")
     with pytest.raises(ArtifactError, match="outside"):
         Artifact.open(folder)
+
+
+class _Given(Partial):
+    """Gives what it is given."""
+
+    value: Any = None
+
+    def get(self, key: str) -> Any:
+        return self.value
+
+    def put(self, key: str, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "how", ["moment", "weight", "nan", "index", "losses", "step", "something else"]
+)
+def test_states_are_taken_whole_or_not_at_all(how: str) -> None:
+    def trainee() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return model, torch.optim.Adam(model.parameters())
+
+    model, optimizer = trainee()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    partial = _Given()
+    save(partial, model, optimizer, 1, [0.5])
+    fresh, optimizer = trainee()
+    losses: list[float] = []
+    assert load(partial, fresh, optimizer, losses) == 1
+    assert torch.equal(fresh.weight, model.weight)  # type: ignore[arg-type]
+
+    state = partial.value
+    assert isinstance(state, TrainingState)
+    if how == "moment":
+        state.moments[0]["exp_avg"] = torch.zeros(5)
+    elif how == "weight":
+        state.model["weight"] = torch.zeros(3, 3)
+    elif how == "nan":
+        state.model["weight"] = torch.full((2, 3), float("nan"))
+    elif how == "index":
+        state.moments[7] = state.moments[0]
+    elif how == "losses":
+        state.losses.append(float("inf"))
+    elif how == "step":
+        partial.value = replace(state, step=-1)
+    else:
+        partial.value = ["something", "else"]
+    fresh, optimizer = trainee()
+    before, losses = fresh.weight.clone(), []  # type: ignore[operator]
+    assert load(partial, fresh, optimizer, losses) == 0
+    assert torch.equal(fresh.weight, before)  # type: ignore[arg-type]
+    assert not losses
+    assert not optimizer.state_dict()["state"]
 
 
 # As the fuzzer does it (tools/fuzz.py), for a moment
