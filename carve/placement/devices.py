@@ -146,7 +146,7 @@ def _with_preset(
         if key not in keys:
             raise UserError("devices", f"{at}: unknown key {key!r}{nearest(key, keys)}")
     preset = entry.get("preset")
-    if preset is not None and preset not in presets:
+    if preset is not None and (not isinstance(preset, str) or preset not in presets):
         raise UserError(
             "devices", f"{at}: unknown preset {preset!r}{nearest(str(preset), tuple(presets))}"
         )

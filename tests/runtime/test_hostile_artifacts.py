@@ -142,7 +142,7 @@ def test_cache_that_the_graph_leaves_open(artifacts: dict[str, Path], tmp_path: 
             value.type.tensor_type.shape.dim[1].dim_param = "h"
     path.write_bytes(model.SerializeToString())
     tiny.seal(folder)
-    assert "must be float32 with shape" in refused(folder, "model")
+    assert "must be float32 or float16 with shape" in refused(folder, "model")
 
 
 def test_memory_that_is_not_there(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
