@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from carve.arguments import parser
 from carve.errors import CarveError, UserError
-from carve.version import __version__
 
 if TYPE_CHECKING:
     from carve.config import ConvertConfig
@@ -23,174 +23,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 log = logging.getLogger("carve")
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="carve", description="Compile a dense transformer into a routed one."
-    )
-    p.add_argument("--version", action="version", version=f"carve {__version__}")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        c = commands.add_parser(name, help=text, description=text)
-        c.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        c.add_argument("-v", "--verbose", action="store_true", help="more of what happens")
-        return c
-
-    def engine(c: argparse.ArgumentParser) -> None:
-        c.add_argument(
-            "--engine",
-            choices=("onnx", "tvm"),
-            help="which of the artifact's targets (default: onnx)",
-        )
-
-    c = command("convert", "turn a dense checkpoint into a routed artifact")
-    c.add_argument(
-        "model", help="Hugging Face directory (config.json, safetensors, tokenizer.json)"
-    )
-    c.add_argument("-o", "--output", help="the artifact's folder (default: MODEL's name + -carved)")
-    c.add_argument("--budget", type=float, help="share of the blocks' multiply-accumulates, (0, 1]")
-    c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
-    c.add_argument(
-        "--effort",
-        help="training allowed: none (closed forms), layer (default) or full (end to end as well)",
-    )
-    c.add_argument(
-        "--skip",
-        type=_skip,
-        help="share of tokens that pass round a gated block, or auto to let the allocation choose "
-        "(default: 0, no gates)",
-    )
-    c.add_argument(
-        "--bits",
-        type=_bits,
-        help="16 (unquantized), 8 or 4 (default); auto or an average such as 3 for mixed widths",
-    )
-    c.add_argument("--size", help="most bytes of the model's files, for example 40MB")
-    c.add_argument("--reads", help="most bytes of weights that a token reads, for example 20MB")
-    c.add_argument("--devices", help="place the experts on these: a TOML file, or a preset's name")
-    c.add_argument(
-        "--target",
-        help="what to emit, separated by commas, see carve list targets (default: onnx-cpu)",
-    )
-    c.add_argument("--calibration", help="a text file instead of the bundled text")
-    c.add_argument("--recipe", type=Path, help="settings from a TOML file")
-    c.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings"
-    )
-    c.add_argument("--seed", type=int)
-    c.add_argument(
-        "--dump-recipe",
-        action="store_true",
-        help="print the recipe with every setting of every pass, and convert nothing",
-    )
-    c.add_argument(
-        "--resume", action="store_true", help="go on where a run with the same output stopped"
-    )
-    c.add_argument(
-        "--from", dest="start", metavar="PASS", help="start again at a pass, from the state before"
-    )
-    c.add_argument("--until", metavar="PASS", help="stop after a pass and keep the state")
-    c.add_argument(
-        "--keep-state", action="store_true", help="keep the state of all passes when finished"
-    )
-
-    c = command("run", "generate text with an artifact")
-    c.add_argument("artifact")
-    c.add_argument("--prompt", help="the prompt (default: standard input)")
-    c.add_argument("--max-tokens", type=int, default=128)
-    c.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    c.add_argument("--top-k", type=int, default=0)
-    c.add_argument("--top-p", type=float, default=1.0)
-    c.add_argument("--seed", type=int)
-    c.add_argument("--threads", type=int)
-    c.add_argument(
-        "--gates",
-        choices=("token", "sequence", "off"),
-        default="token",
-        help="who decides what is skipped: every token (default), the prompt, or nobody",
-    )
-    engine(c)
-    c.add_argument(
-        "--memory",
-        help="most bytes of weights in memory, of all shards together, for example 300MB "
-        "(needs onnx-split)",
-    )
-    c.add_argument(
-        "--shards",
-        type=lambda text: int(text) if text.isdigit() else text,
-        help="run the experts in so many processes, or as a placement file says (needs onnx-split)",
-    )
-    c.add_argument(
-        "--policy",
-        choices=("lfu", "lru"),
-        default="lfu",
-        help="with --memory, what goes: experts chosen least of late (default) or least recently",
-    )
-    c.add_argument("--no-prefetch", action="store_true", help="read experts only when reached")
-    c.add_argument(
-        "--stats",
-        action="store_true",
-        help="what the skip gates really skipped, and what experts were found in memory",
-    )
-
-    c = command("eval", "quality of an artifact beside its dense original, in its own engine")
-    c.add_argument("artifact")
-    c.add_argument("--text", help="held-out text (default: the bundled text)")
-    c.add_argument("--dense", help="the dense checkpoint, where it has moved")
-    engine(c)
-    c.add_argument("--tokens", type=int, default=16_000)
-
-    c = command("bench", "decode and prefill beside the dense model: same engine, same width")
-    c.add_argument("artifact")
-    c.add_argument("--dense", help="a dense artifact or checkpoint (default: made from the source)")
-    c.add_argument("--threads", type=int)
-    engine(c)
-    c.add_argument("--repeats", type=int, default=5, help="interleaved pairs")
-    c.add_argument("--tokens", type=int, default=24, help="tokens decoded in each")
-    c.add_argument(
-        "--context", type=int, default=50, help="tokens in the cache when decoding starts"
-    )
-    c.add_argument("--prefill", type=int, default=256)
-    c.add_argument(
-        "--no-record", action="store_true", help="leave the result out of the artifact's report"
-    )
-
-    c = command("plan", "where experts would go: seconds, and nothing is converted")
-    c.add_argument("path", help="a checkpoint, or an artifact that was converted with --devices")
-    c.add_argument("--devices", required=True, help="a TOML file, or a preset's name")
-    c.add_argument("--budget", type=float, default=0.6, help="of a checkpoint (default: 0.6)")
-    c.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="of a checkpoint")
-    c.add_argument("--set", action="append", default=[], metavar="place.KEY=VALUE", dest="settings")
-
-    c = command("report", "what each pass of a conversion did")
-    c.add_argument("artifact", help="an artifact, or a report.json")
-    c.add_argument(
-        "--html",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="write it as one offline page (default: report.html in the artifact; diff.html here)",
-    )
-    c.add_argument("--diff", metavar="OTHER", help="beside another one: what differs from OTHER")
-
-    c = command("list", "the passes or the targets")
-    c.add_argument("what", choices=("passes", "targets"))
-    return p
-
-
-def _skip(text: str) -> float | str:
-    """A share, or ``auto``; its range is checked with all other settings."""
-    return text if text == "auto" else float(text)
-
-
-def _bits(text: str) -> int | float | str:
-    """A width, an average, or ``auto``; its range is checked with all other settings."""
-    return text if text == "auto" else int(text) if text.isdigit() else float(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -314,7 +149,7 @@ def _dump(config: ConvertConfig, *, as_json: bool) -> dict[str, Any]:
     """The resolved recipe."""
     import tomllib
 
-    from carve.pipeline import passes_of
+    from carve.lineup import passes_of
     from carve.recipe import resolved
 
     text = resolved(config, passes_of(config))

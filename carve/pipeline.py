@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from carve import artifact as art
 from carve.artifact import Artifact
-from carve.config import ConvertConfig, build, parse_size
+from carve.config import ConvertConfig
 from carve.engine_form import FOREIGN
-from carve.errors import CarveError, UserError
-from carve.recipe import resolved
+from carve.errors import UserError
+from carve.lineup import LAYER_TOKENS, WEIGHTS_ONLY, Tokens, default_tokens, limits_of, passes_of
 from carve.state_folder import Course, discard, state_folder
 from carve.targets import check_targets
-from carve.version import __version__
+from carve.write_artifact import report_of, write_artifact
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,93 +26,8 @@ if TYPE_CHECKING:
     from carve.passbase import Pass, PassResult, Progress
     from carve.program import Program
     from carve.state import PassStates
-    from carve.targets import Emission
 
 log = logging.getLogger(__name__)
-_WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize")
-LAYER_TOKENS = 98_304
-"""Most calibration tokens that layer-wise work sees."""
-
-
-def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
-    """The pipeline as one list."""
-    from carve import passes as p
-
-    def make(cls: type[Any], settings: type[Any], **more: Any) -> Any:
-        return cls(build(settings, cls.name, {**more, **config.passes.get(cls.name, {})}))
-
-    plain = config.form.plain
-    router = (
-        make(p.RouteRidge, p.RouteRidgeConfig, **({"dynamic": False} if plain else {}))
-        if config.router == "ridge"
-        else make(p.RouteAnalytical, p.RouteAnalyticalConfig)
-    )
-    placed = config.skip and config.skip != "auto"
-    listed: list[Pass[Any]] = [
-        *([make(p.PlaceGates, p.PlaceGatesConfig)] if placed else []),
-        make(p.Profile, p.ProfileConfig),
-        make(p.Allocate, p.AllocateConfig, skip=config.skip == "auto"),
-        make(p.Carve, p.CarveConfig),
-        router,
-    ]
-    if config.exact and not plain:
-        listed.append(make(p.Compensate, p.CompensateConfig))
-    if not config.exact:
-        listed.append(make(p.Refit, p.RefitConfig))
-    if config.effort in ("layer", "full") and not config.exact:
-        listed.append(make(p.Distill, p.DistillConfig))
-    if config.skip:
-        listed.append(make(p.SkipGates, p.GateConfig))
-    if config.effort == "full" and not config.exact:
-        listed.append(make(p.Finetune, p.FinetuneConfig))
-    if config.mixed:
-        listed.append(make(p.ChooseWidths, p.ChooseWidthsConfig))
-    published = config.passes.get("quantize", {}).get("method") == "eaquant"
-    if config.nominal_bits < 16 and (published or "smooth" in config.passes):
-        as_published = {"alphas": (0.6,), "forced": True} if published else {}
-        listed.append(make(p.Smooth, p.SmoothConfig, **as_published))
-    if config.nominal_bits < 16:
-        listed.append(make(p.Quantize, p.QuantizeConfig))
-    if config.devices is not None or "place" in config.passes:
-        given = {} if config.devices is None else {"devices": config.devices}
-        listed.append(make(p.Place, p.PlaceConfig, **given))
-    return listed
-
-
-def passes_of(config: ConvertConfig) -> list[Pass[Any]]:
-    """The passes that a conversion runs: without carving, only the weights are rounded."""
-    passes = build_passes(config)
-    return [p for p in passes if p.name in _WEIGHTS_ONLY or not config.is_dense]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """How many tokens each part of a conversion takes."""
-
-    calibration: int
-    final: int
-    after_pass: int
-    judge: int
-
-
-def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:
-    """Small models get what the bundled text holds; a large one what minutes of passes allow.
-
-    ``calibration`` is bounded so that walking over the sites, two forward passes and a bit, stays
-    near two minutes on a small machine, and by 100K tokens.
-    """
-    scale = 2e13 / (2 * parameters)
-    # Closed forms have what they need from fewer tokens than training does.
-    by_effort = {"none": 40_000, "layer": LAYER_TOKENS, "full": 1_000_000}
-    most = by_effort["none" if config.exact else config.effort]
-    calibration = config.tokens or int(min(most, max(8_192, scale)))
-    final = config.eval_tokens or int(min(24_000, max(1_024, scale / 8)))
-    return Tokens(
-        calibration,
-        final,
-        min(final, int(max(512, scale / 32))),
-        int(min(4_096, max(512, scale / 64))),
-    )
 
 
 def convert(
@@ -334,8 +247,14 @@ class _Conversion:
                 held,
                 self.unrounded,
             )
-            report = {**self._report(results, emitted, quality, shares, skips), **found}
-            self._write(stage, emitted, report, folder)
+            seconds = time.monotonic() - self.began
+            report = report_of(
+                program, self.config, results, emitted, quality, shares, skips, seconds
+            )
+            report |= found
+            write_artifact(
+                stage, program, self.config, self.passes, emitted, report, self.source, folder
+            )
             art.sync(stage)
         if not self.job.course.keep:
             discard(self.job.folder)
@@ -362,7 +281,7 @@ class _Conversion:
 
     def _rounds(self, following: Pass[Any]) -> bool:
         """Whether a target wants the program before this pass: its engine quantizes by itself."""
-        return self.config.form.plain and following.name in _WEIGHTS_ONLY
+        return self.config.form.plain and following.name in WEIGHTS_ONLY
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
         from carve.budget import make_request, plan_skips, plan_widths
@@ -391,171 +310,5 @@ class _Conversion:
             stream,
             skips=skips,
             bits=c.nominal_bits,
-            limits=_limits(c),
+            limits=limits_of(c),
         )
-
-    def _report(
-        self,
-        results: list[PassResult],
-        emitted: dict[str, Emission],
-        quality: dict[str, Any] | None,
-        shares: dict[str, float],
-        skips: dict[str, float],
-    ) -> dict[str, Any]:
-        from carve.passbase import peak_rss_mb
-
-        p = self.program
-        return {
-            "budget": {"asked": self.config.budget, "realised": shares["budget"]},
-            "ffn_active": shares["ffn_active"],
-            "skip": {"asked": self.config.skip, "realised": shares["skip"], "blocks": skips},
-            "macs": {"dense": p.dense_macs, "attention": p.attention_macs, "routed": p.macs},
-            "quality": quality,
-            "bits": self.config.nominal_bits if not self.config.mixed else _asked_bits(self.config),
-            "size": self.config.size,
-            "reads": self.config.reads,
-            "effort": self.config.effort,
-            "seconds": round(time.monotonic() - self.began, 1),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-            "passes": [*(asdict(r) for r in results), *(e.record for e in emitted.values())],
-        }
-
-    def _write(
-        self,
-        stage: Path,
-        emitted: dict[str, Emission],
-        report: dict[str, Any],
-        folder: Path | None,
-    ) -> None:
-        from carve.checkpoint import TOKENIZER_FILES
-        from carve.emit.genai import genai_config
-        from carve.report.files import report_files
-        from carve.targets import ONNX
-
-        (stage / "passes").mkdir()
-        for i, record in enumerate(report["passes"]):
-            name = record["name"].replace(" ", "-").replace(":", "-")
-            art.write_json(stage / "passes" / f"{i:02d}-{name}.json", record)
-        recipe = resolved(self.config, self.passes)
-        (stage / "recipe.toml").write_text(recipe, encoding="utf-8")
-        homes = [stage, *(stage / e.folder for e in emitted.values() if e.shared_cache is None)]
-        for name in TOKENIZER_FILES if folder is not None else ():
-            if (folder / name).is_file():  # type: ignore[operator]
-                for home in homes:
-                    shutil.copyfile(folder / name, home / name)  # type: ignore[operator]
-        shared_cache = all(e.shared_cache is not False for e in emitted.values())
-        facts = model_facts(self.program, shared_cache, folder)
-        if self.program.kind == "decoder" and shared_cache and ONNX in emitted:
-            art.write_json(stage / "genai_config.json", genai_config(self.program, facts))
-        _write_placement(stage, self.program.notes)
-        sizes = {n: _size(stage / e.folder) for n, e in emitted.items()}
-        own = {n: s for n, s in sizes.items() if n not in FOREIGN}
-        report["bytes"] = next(iter((own or sizes).values()))
-        for name, size in own.items():
-            if self.config.size is not None and size > parse_size(self.config.size, "--size"):
-                raise CarveError(
-                    "size",
-                    f"the files of {name} came to {size} bytes, more than --size "
-                    f"{self.config.size}",
-                    "this is a defect of carve's estimate; ask for a little less and report it",
-                )
-        manifest = {
-            "schema": art.SCHEMA,
-            "carve": __version__,
-            "kind": self.program.kind,
-            "source": self.source,
-            "model": facts,
-            "targets": {n: {"model": e.model, "bits": e.bits} for n, e in emitted.items()},
-        }
-        report["recipe"] = tomllib.loads(recipe)
-        placed = self.program.notes.get("placement")
-        pages = report_files(report, manifest, None if placed is None else placed.as_dict())
-        for name, text in pages.items():
-            (stage / name).write_text(text, encoding="utf-8")
-        manifest["files"] = art.hashes(stage)
-        manifest["digest"] = art.digest(stage, manifest)
-        art.write_json(stage / art.MANIFEST, manifest)
-
-
-def _write_placement(stage: Path, notes: dict[str, Any]) -> None:
-    """The placement, and what it takes to place the artifact's experts anew."""
-    from carve.plan import SIZES, TRACE
-
-    if "placement" not in notes:
-        return
-    art.write_json(stage / "placement.json", notes["placement"].as_dict())
-    (stage / TRACE).parent.mkdir(exist_ok=True)
-    (stage / TRACE).write_bytes(notes["trace"].pack())
-    art.write_json(stage / SIZES, asdict(notes["sizes"]))
-
-
-def _asked_bits(config: ConvertConfig) -> float | str:
-    """An average, or ``auto`` where only sizes decide."""
-    if isinstance(config.bits, str) or (config.bits == 4 and (config.size or config.reads)):
-        return "auto"
-    return float(config.bits)
-
-
-def _limits(config: ConvertConfig) -> dict[str, float]:
-    """What mixed widths have to keep, see `carve.passes.ChooseWidths`."""
-    from carve.passes.choose_widths import BITS, BYTES, READS
-
-    if not config.mixed:
-        return {}
-    limits = {
-        name: float(parse_size(text, name))
-        for name, text in ((BYTES, config.size), (READS, config.reads))
-        if text is not None
-    }
-    # Without any limit, auto is as large as 4 bits throughout.
-    average = 4.0 if config.bits == "auto" and not limits else config.bits
-    if isinstance(average, int | float) and not (limits and config.bits == 4):
-        limits[BITS] = float(average)
-    return limits
-
-
-def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def model_facts(program: Program, shared_cache: bool, folder: Path | None) -> dict[str, Any]:
-    """What a runtime has to know about the model."""
-    from carve.files import read_json
-
-    c = program.config
-    facts: dict[str, Any] = {
-        "vocab_size": c.get("vocab_size"),
-        "max_length": program.max_length,
-        "bos_token_id": c.get("bos_token_id"),
-        "eos_token_ids": _ids(c.get("eos_token_id")),
-        "pooling": None,
-        "normalize": False,
-    }
-    if folder is not None and (folder / "generation_config.json").is_file():
-        facts["eos_token_ids"] = (
-            _ids(read_json(folder / "generation_config.json").get("eos_token_id"))
-            or facts["eos_token_ids"]
-        )
-    if program.kind == "decoder":
-        key = program.example[2]
-        facts |= {
-            "num_layers": (len(program.inputs) - 2) // 2,
-            "num_key_value_heads": key.shape[1],
-            "head_dim": key.shape[3],
-            "shared_cache": shared_cache,
-            "gates": [{"name": b.name, "skip": b.gate.skip} for b in program.gated if b.gate],
-        }
-    elif folder is not None:
-        pooling = folder / "1_Pooling" / "config.json"
-        cls = pooling.is_file() and bool(read_json(pooling).get("pooling_mode_cls_token"))
-        facts["pooling"] = "cls" if cls else "mean"
-        facts["normalize"] = (folder / "modules.json").is_file() and b"Normalize" in (
-            folder / "modules.json"
-        ).read_bytes()
-    return facts
-
-
-def _ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]

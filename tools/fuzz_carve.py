@@ -24,8 +24,8 @@ from carve.checkpoint import Checkpoint
 from carve.config import apply_settings, from_table, read_recipe
 from carve.errors import CarveError
 from carve.files import looking_into, read_json
+from carve.lineup import build_passes
 from carve.passbase import Partial
-from carve.pipeline import build_passes
 from carve.placement.devices import read_devices
 from carve.placement.sizes import Sizes
 from carve.placement.trace import Trace

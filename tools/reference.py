@@ -67,11 +67,11 @@ def _defaults(cls: type[Any]) -> str:
 
 def commands() -> Iterator[str]:
     """The command line: what ``--help`` tells."""
-    from carve.cli import _parser
+    from carve.arguments import parser
 
-    parser = _parser()
-    yield f"# Command line\n\n{parser.description}\n"
-    (every,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    made = parser()
+    yield f"# Command line\n\n{made.description}\n"
+    (every,) = (a for a in made._actions if isinstance(a, argparse._SubParsersAction))
     for name, command in every.choices.items():
         rows = ["| argument | |", "|---|---|"]
         for a in command._actions:

@@ -15,8 +15,8 @@ import pytest
 from carve import cli, passes
 from carve.config import PASS_NAMES, ConvertConfig, apply_settings, from_table, read_recipe
 from carve.errors import UserError
+from carve.lineup import passes_of
 from carve.passbase import Pass
-from carve.pipeline import passes_of
 from carve.recipe import resolved
 from carve.settings import general, of_pass
 
@@ -112,6 +112,7 @@ def test_dump_recipe_converts_nothing(
         ('targets="onnx-cpu"', "list of str"),
         ("exact=1", "bool"),
         ("effort=4", "str"),
+        ("length=true", "int"),
     ],
 )
 def test_values_of_another_type(setting: str, word: str) -> None:

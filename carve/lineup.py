@@ -1,0 +1,115 @@
+"""What a configuration comes to: its passes in order, their limits, and tokens for all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from carve.config import ConvertConfig, build, parse_size
+
+if TYPE_CHECKING:
+    from carve.passbase import Pass
+
+WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize")
+"""Passes that run where nothing is carved, too."""
+LAYER_TOKENS = 98_304
+"""Most calibration tokens that layer-wise work sees."""
+
+
+def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
+    """The pipeline as one list."""
+    from carve import passes as p
+
+    def make(cls: type[Any], settings: type[Any], **more: Any) -> Any:
+        return cls(build(settings, cls.name, {**more, **config.passes.get(cls.name, {})}))
+
+    plain = config.form.plain
+    router = (
+        make(p.RouteRidge, p.RouteRidgeConfig, **({"dynamic": False} if plain else {}))
+        if config.router == "ridge"
+        else make(p.RouteAnalytical, p.RouteAnalyticalConfig)
+    )
+    placed = config.skip and config.skip != "auto"
+    listed: list[Pass[Any]] = [
+        *([make(p.PlaceGates, p.PlaceGatesConfig)] if placed else []),
+        make(p.Profile, p.ProfileConfig),
+        make(p.Allocate, p.AllocateConfig, skip=config.skip == "auto"),
+        make(p.Carve, p.CarveConfig),
+        router,
+    ]
+    if config.exact and not plain:
+        listed.append(make(p.Compensate, p.CompensateConfig))
+    if not config.exact:
+        listed.append(make(p.Refit, p.RefitConfig))
+    if config.effort in ("layer", "full") and not config.exact:
+        listed.append(make(p.Distill, p.DistillConfig))
+    if config.skip:
+        listed.append(make(p.SkipGates, p.GateConfig))
+    if config.effort == "full" and not config.exact:
+        listed.append(make(p.Finetune, p.FinetuneConfig))
+    if config.mixed:
+        listed.append(make(p.ChooseWidths, p.ChooseWidthsConfig))
+    published = config.passes.get("quantize", {}).get("method") == "eaquant"
+    if config.nominal_bits < 16 and (published or "smooth" in config.passes):
+        as_published = {"alphas": (0.6,), "forced": True} if published else {}
+        listed.append(make(p.Smooth, p.SmoothConfig, **as_published))
+    if config.nominal_bits < 16:
+        listed.append(make(p.Quantize, p.QuantizeConfig))
+    if config.devices is not None or "place" in config.passes:
+        given = {} if config.devices is None else {"devices": config.devices}
+        listed.append(make(p.Place, p.PlaceConfig, **given))
+    return listed
+
+
+def passes_of(config: ConvertConfig) -> list[Pass[Any]]:
+    """The passes that a conversion runs: without carving, only the weights are rounded."""
+    passes = build_passes(config)
+    return [p for p in passes if p.name in WEIGHTS_ONLY or not config.is_dense]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens each part of a conversion takes."""
+
+    calibration: int
+    final: int
+    after_pass: int
+    judge: int
+
+
+def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:
+    """Small models get what the bundled text holds; a large one what minutes of passes allow.
+
+    ``calibration`` is bounded so that walking over the sites, two forward passes and a bit, stays
+    near two minutes on a small machine, and by 100K tokens.
+    """
+    scale = 2e13 / (2 * parameters)
+    # Closed forms have what they need from fewer tokens than training does.
+    by_effort = {"none": 40_000, "layer": LAYER_TOKENS, "full": 1_000_000}
+    most = by_effort["none" if config.exact else config.effort]
+    calibration = config.tokens or int(min(most, max(8_192, scale)))
+    final = config.eval_tokens or int(min(24_000, max(1_024, scale / 8)))
+    return Tokens(
+        calibration,
+        final,
+        min(final, int(max(512, scale / 32))),
+        int(min(4_096, max(512, scale / 64))),
+    )
+
+
+def limits_of(config: ConvertConfig) -> dict[str, float]:
+    """What mixed widths have to keep, see `carve.passes.ChooseWidths`."""
+    from carve.passes.choose_widths import BITS, BYTES, READS
+
+    if not config.mixed:
+        return {}
+    limits = {
+        name: float(parse_size(text, name))
+        for name, text in ((BYTES, config.size), (READS, config.reads))
+        if text is not None
+    }
+    # Without any limit, auto is as large as 4 bits throughout.
+    average = 4.0 if config.bits == "auto" and not limits else config.bits
+    if isinstance(average, int | float) and not (limits and config.bits == 4):
+        limits[BITS] = float(average)
+    return limits
