@@ -196,7 +196,7 @@ def projection(heads: Node) -> Node | None:
     """The linear whose result ``[B, S, H D]`` stands as heads ``[B, H, S, D]``."""
     split = heads.args[0] if is_head_swap(heads) else None
     viewed = _is(split, aten.view.default, 2) or _is(split, aten.reshape.default, 2)
-    linear = split.args[0] if viewed else None
+    linear = split.args[0] if split is not None and viewed else None
     return linear if _is(linear, aten.linear.default, 2) and _ndim(linear) == 3 else None
 
 
