@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from carve.engine_form import FORMS, EngineForm, check_request, form_of
+from carve.engine_form import FOREIGN, FORMS, EngineForm, check_request, form_of
 from carve.errors import UserError
 from carve.files import parse_toml, read_toml
 from carve.typed import fits
@@ -113,7 +113,7 @@ class ConvertConfig:
     @property
     def nominal_bits(self) -> int:
         """The width of weights that nothing else is said of; engines quantize checkpoints."""
-        if all(FORMS[t].plain for t in self.targets):
+        if all(t in FOREIGN for t in self.targets):
             return 16
         if not self.mixed or self.bits in (4, 8):
             return int(self.bits)

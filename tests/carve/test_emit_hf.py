@@ -192,6 +192,11 @@ def test_settings_that_the_engines_cannot_hold(settings: dict[str, Any], what: s
         ConvertConfig(**{"budget": 0.6, "targets": (HF,), **settings})
 
 
+def test_checkpoints_alone_are_not_quantized() -> None:
+    for targets, bits in (((HF,), 16), (BOTH, 16), ((HF, "onnx-cpu"), 4), (("tvm:host",), 4)):
+        assert ConvertConfig(budget=0.6, targets=targets).nominal_bits == bits
+
+
 @pytest.mark.parametrize(
     ("name", "target", "what"),
     [
