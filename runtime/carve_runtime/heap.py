@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 _M_MMAP_THRESHOLD = -3
 _OWN_PAGES = 64 * 1024
@@ -21,7 +22,11 @@ class _Info(ctypes.Structure):
 
 
 def heap_bytes() -> int:
-    """Bytes in use by malloc, 0 where the C library does not tell."""
+    """Bytes in use by malloc, 0 where the C library does not tell.
+
+    Collected first, so that what was left behind does not go while something is measured.
+    """
+    gc.collect()
     try:
         read = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):
