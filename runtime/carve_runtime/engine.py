@@ -25,7 +25,7 @@ PROVIDERS: Mapping[str, Sequence[str]] = {
 _FLOAT32, _FLOAT16 = "tensor(float)", "tensor(float16)"
 
 
-def _ort() -> Any:
+def ort() -> Any:
     """onnxruntime, imported where it is used: artifacts of TVM run without it."""
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -117,7 +117,7 @@ class Engine:
     """
 
     def __init__(self, path: Path, target: str, threads: int | None) -> None:
-        options = _ort().SessionOptions()
+        options = ort().SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -133,7 +133,7 @@ class Engine:
         # Inputs with a value of their own, which need not be fed.
         self.optional = _ports(self._session.get_overridable_initializers())
         # A long prefill leaves activations in the arena that later steps never fill again.
-        self._shrink = _ort().RunOptions()
+        self._shrink = ort().RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -168,7 +168,7 @@ class Engine:
         """An OrtValue where the model computes: over the array's memory, or a copy on the GPU."""
         if self._device == "cpu":
             return value(array)
-        return _ort().OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return ort().OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
     def close(self) -> None:
         """Nothing to do: memory goes with the session."""
@@ -213,7 +213,7 @@ class ExpertSession:
     """
 
     def __init__(self, graph: bytes, folder: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-        options = _ort().SessionOptions()
+        options = ort().SessionOptions()
         options.log_severity_level = 3
         # Experts run side by side in threads of the caller; a pool for each would be hundreds.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -251,7 +251,7 @@ def _session(
     Raises:
         ArtifactError: ``model`` when onnxruntime refuses it, ``target`` when it has no such device.
     """
-    ort = _ort()
+    ort = ort()
     missing = [p for p in PROVIDERS[target] if p not in ort.get_available_providers()]
     if missing:
         raise ArtifactError(
@@ -281,4 +281,4 @@ def _failed(error: Exception) -> CarveRuntimeError:
 
 def value(array: NDArray[Any]) -> Any:
     """An OrtValue over the memory of a C-contiguous array, which it keeps alive."""
-    return _ort().OrtValue.ortvalue_from_numpy(array)
+    return ort().OrtValue.ortvalue_from_numpy(array)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from carve_runtime.engine import ort
 from carve_runtime.errors import RequestError
 from carve_runtime.experts import ExpertFile, LocalExperts, hottest_first
 from carve_runtime.heap import give_back_freed, heap_bytes
@@ -76,6 +77,7 @@ def open_split(
 def _trunk(index: SplitIndex, threads: int | None, memory: int | None) -> tuple[Trunk, int]:
     """The segments and, where memory is limited, the bytes that they take."""
     if memory is not None:
+        ort()  # what importing it takes is not the trunk's
         give_back_freed()
     before = heap_bytes()
     trunk = Trunk(index, threads)

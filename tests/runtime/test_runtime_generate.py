@@ -66,16 +66,17 @@ def test_shared_buffer_is_neither_copied_nor_whole(loaded: Loaded) -> None:
     session = loaded["shared"].start()
     first = session.step([5, 6])
     kept = first.copy()
-    buffers = list(session._buffers)
-    assert buffers[0].shape[2] == 256 < MAX_LENGTH
+    values = list(session._values)
+    assert values[0].shape()[2] == 256 < MAX_LENGTH
     for token in range(20):
         session.step([token])
-    assert all(a is b for a, b in zip(buffers, session._buffers, strict=True))
-    assert np.any(buffers[0][:, :, 21]) and not np.any(buffers[0][:, :, 22:])
+    assert all(a is b for a, b in zip(values, session._values, strict=True))
+    keys = values[0].numpy()
+    assert np.any(keys[:, :, 21]) and not np.any(keys[:, :, 22:])
     session.step([7] * 300)
-    assert session._buffers[0].shape[2] == 512
+    assert session._values[0].shape()[2] == 512
     session.step([7] * 250)
-    assert session._buffers[0].shape[2] == MAX_LENGTH
+    assert session._values[0].shape()[2] == MAX_LENGTH
     np.testing.assert_array_equal(first, kept)
 
 
