@@ -251,22 +251,22 @@ def _session(
     Raises:
         ArtifactError: ``model`` when onnxruntime refuses it, ``target`` when it has no such device.
     """
-    ort = ort()
-    missing = [p for p in PROVIDERS[target] if p not in ort.get_available_providers()]
+    engine = ort()
+    missing = [p for p in PROVIDERS[target] if p not in engine.get_available_providers()]
     if missing:
         raise ArtifactError(
             "target",
-            f"onnxruntime {ort.__version__} here has no {missing[0]}",
+            f"onnxruntime {engine.__version__} here has no {missing[0]}",
             "install onnxruntime-gpu in place of onnxruntime, or load another target",
         )
     try:
         if tensors is not None:
             options.add_external_initializers(list(tensors), [value(a) for a in tensors.values()])
-        return ort.InferenceSession(model, options, providers=list(PROVIDERS[target]))
+        return engine.InferenceSession(model, options, providers=list(PROVIDERS[target]))
     except Exception as error:  # its exceptions have no common base
         raise ArtifactError(
             "model",
-            f"onnxruntime {ort.__version__} cannot load {what}: {error}",
+            f"onnxruntime {engine.__version__} cannot load {what}: {error}",
             "upgrade onnxruntime, or compile the model again with carve",
         ) from error
 
