@@ -29,8 +29,8 @@ from carve.emit.tvm.names import check_ready, folder_of, processor
 from carve.emit.tvm.params import Parameters
 from carve.errors import CarveError, UserError
 from carve.parity import TVM, check_parity, routings
-from carve.pipeline import model_facts
 from carve.program import Program
+from carve.write_artifact import model_facts
 
 Get = Callable[[str], tiny.Captured]
 HOST = processor("tvm:host")
