@@ -21,6 +21,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from carve.errors import UserError
 from carve.likelihood import Scorer
 
+_UNCHOSEN = "cuda:0"
+"""The harness's own default of ``--device``."""
+
 
 @register_model("carve")
 class CarveLM(TemplateLM):  # type: ignore[misc]
@@ -33,7 +36,7 @@ class CarveLM(TemplateLM):  # type: ignore[misc]
         add_bos_token: see `carve.likelihood.Scorer`.
         max_gen_toks: generated where a task does not say.
         batch_size: 1; the runtime takes one sequence at a time.
-        device: ``cpu``.
+        device: ``cpu``, or what the harness says where nothing was chosen.
 
     Raises:
         UserError: an argument that the runtime cannot follow.
@@ -55,7 +58,7 @@ class CarveLM(TemplateLM):  # type: ignore[misc]
         for key, value in unknown.items():
             if key not in known or value != known[key]:
                 raise UserError("config", f"carve's model has no argument {key!r}")
-        if str(batch_size or 1) not in ("1", "auto") or device not in (None, "cpu"):
+        if str(batch_size or 1) not in ("1", "auto") or device not in (None, "cpu", _UNCHOSEN):
             raise UserError("config", "carve runs sequences one by one, on the CPU")
         model = carve_runtime.load(path, threads=threads, memory=memory)
         self._scorer = Scorer(model, add_bos_token)

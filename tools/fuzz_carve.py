@@ -23,13 +23,13 @@ from carve.capture import capture_checkpoint
 from carve.checkpoint import Checkpoint
 from carve.config import apply_settings, from_table, read_recipe
 from carve.errors import CarveError
-from carve.files import looking_into, read_json
+from carve.files import read_json
 from carve.lineup import build_passes
 from carve.passbase import Partial
 from carve.placement.devices import read_devices
 from carve.placement.sizes import Sizes
 from carve.placement.trace import Trace
-from carve.report import render
+from carve.report.command import show
 from carve.store import StateError, Store, Stored
 from carve.training_state import load, save
 
@@ -159,8 +159,9 @@ def targets(seeds: Path, work: Path) -> dict[str, Callable[[], Target]]:
         sound = json.loads((box.root / REPORT).read_bytes())
 
         def use() -> None:
-            with looking_into(box.root / REPORT):
-                render(Artifact.open(box.root).report)
+            Artifact.open(box.root)
+            show(str(box.root), None)
+            show(str(box.root), str(work / "page.html"))
 
         def run(data: bytes) -> None:
             guarded = allowed(use, CarveError, CarveRuntimeError)

@@ -40,6 +40,7 @@ _TASKS = {
 output_type: multiple_choice
 doc_to_text: "{{text}}"
 doc_to_choice: "{{endings}}"
+target_delimiter: ""
 doc_to_target: "{{label}}"
 metric_list: [{metric: acc}]
 """,

@@ -34,10 +34,8 @@ class Soak:
     errors: list[str] = field(default_factory=list)
 
 
-def soak(
-    model: carve_runtime.Model, threads: int, seconds: float, tokens: int, every: float
-) -> Soak:
-    """Call ``model`` from ``threads`` threads; prints a line every ``every`` seconds."""
+def soak(model: carve_runtime.Model, threads: int, seconds: float, tokens: int) -> Soak:
+    """Call ``model`` from ``threads`` threads; prints a line a minute."""
     want = {p: model.generate(p, max_new_tokens=tokens).token_ids for p in _PROMPTS}
     done, lock, end = Soak(), threading.Lock(), time.monotonic() + seconds
 
