@@ -27,36 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "model", help="Hugging Face directory (config.json, safetensors, tokenizer.json)"
     )
     c.add_argument("-o", "--output", help="the artifact's folder (default: MODEL's name + -carved)")
-    c.add_argument("--budget", type=float, help="share of the blocks' multiply-accumulates, (0, 1]")
-    c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
-    c.add_argument(
-        "--effort",
-        help="training allowed: none (closed forms), layer (default) or full (end to end as well)",
-    )
-    c.add_argument(
-        "--skip",
-        type=_skip,
-        help="share of tokens that pass round a gated block, or auto to let the allocation choose "
-        "(default: 0, no gates)",
-    )
-    c.add_argument(
-        "--bits",
-        type=_bits,
-        help="16 (unquantized), 8 or 4 (default); auto or an average such as 3 for mixed widths",
-    )
-    c.add_argument("--size", help="most bytes of the model's files, for example 40MB")
-    c.add_argument("--reads", help="most bytes of weights that a token reads, for example 20MB")
-    c.add_argument("--devices", help="place the experts on these: a TOML file, or a preset's name")
-    c.add_argument(
-        "--target",
-        help="what to emit, separated by commas, see carve list targets (default: onnx-cpu)",
-    )
-    c.add_argument("--calibration", help="a text file instead of the bundled text")
-    c.add_argument("--recipe", type=Path, help="settings from a TOML file")
-    c.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings"
-    )
-    c.add_argument("--seed", type=int)
+    _request(c)
     c.add_argument(
         "--dump-recipe",
         action="store_true",
@@ -134,12 +105,10 @@ def parser() -> argparse.ArgumentParser:
         "--no-record", action="store_true", help="leave the result out of the artifact's report"
     )
 
-    c = command("plan", "where experts would go: seconds, and nothing is converted")
+    c = command("plan", "what a conversion will take, before anything long starts")
     c.add_argument("path", help="a checkpoint, or an artifact that was converted with --devices")
-    c.add_argument("--devices", required=True, help="a TOML file, or a preset's name")
-    c.add_argument("--budget", type=float, default=0.6, help="of a checkpoint (default: 0.6)")
-    c.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="of a checkpoint")
-    c.add_argument("--set", action="append", default=[], metavar="place.KEY=VALUE", dest="settings")
+    c.add_argument("-o", "--output", help="where the artifact would go (default: as for convert)")
+    _request(c)
 
     c = command("report", "what each pass of a conversion did")
     c.add_argument("artifact", help="an artifact, or a report.json")
@@ -155,6 +124,40 @@ def parser() -> argparse.ArgumentParser:
     c = command("list", "the passes or the targets")
     c.add_argument("what", choices=("passes", "targets"))
     return p
+
+
+def _request(c: argparse.ArgumentParser) -> None:
+    """What is asked of a conversion."""
+    c.add_argument("--budget", type=float, help="share of the blocks' multiply-accumulates, (0, 1]")
+    c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
+    c.add_argument(
+        "--effort",
+        help="training allowed: none (closed forms), layer (default) or full (end to end as well)",
+    )
+    c.add_argument(
+        "--skip",
+        type=_skip,
+        help="share of tokens that pass round a gated block, or auto to let the allocation choose "
+        "(default: 0, no gates)",
+    )
+    c.add_argument(
+        "--bits",
+        type=_bits,
+        help="16 (unquantized), 8 or 4 (default); auto or an average such as 3 for mixed widths",
+    )
+    c.add_argument("--size", help="most bytes of the model's files, for example 40MB")
+    c.add_argument("--reads", help="most bytes of weights that a token reads, for example 20MB")
+    c.add_argument("--devices", help="place the experts on these: a TOML file, or a preset's name")
+    c.add_argument(
+        "--target",
+        help="what to emit, separated by commas, see carve list targets (default: onnx-cpu)",
+    )
+    c.add_argument("--calibration", help="a text file instead of the bundled text")
+    c.add_argument("--recipe", type=Path, help="settings from a TOML file")
+    c.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="settings"
+    )
+    c.add_argument("--seed", type=int)
 
 
 def _skip(text: str) -> float | str:

@@ -100,19 +100,9 @@ def check_output(path: Path) -> None:
         raise UserError("output", f"{parent} cannot be written to", "choose another -o")
 
 
-def check_disk(path: Path, needed: int) -> None:
-    """Refuse to start when the output will not fit.
-
-    Raises:
-        UserError: less than ``needed`` bytes are free.
-    """
-    free = shutil.disk_usage(path.resolve().parent).free
-    if free < needed:
-        raise UserError(
-            "disk",
-            f"about {needed >> 20} MB are needed beside {path}, {free >> 20} MB are free",
-            "free some room or choose another -o",
-        )
+def disk_free(path: Path) -> int:
+    """Bytes free where ``path`` is, or is to be."""
+    return shutil.disk_usage(path.resolve().parent).free
 
 
 @contextmanager

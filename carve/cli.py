@@ -97,7 +97,8 @@ def _progress(items: Sequence[Any], label: str) -> Iterator[Any]:
     yield from tqdm(items, desc=label, leave=False, file=sys.stderr)
 
 
-def _convert(args: argparse.Namespace) -> dict[str, Any]:
+def _config_of(args: argparse.Namespace) -> ConvertConfig:
+    """The settings that recipe and arguments come to."""
     from carve.config import apply_settings, from_table, read_recipe
 
     table = read_recipe(args.recipe) if args.recipe else {}
@@ -117,7 +118,11 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
     }
     general.update({k: v for k, v in given.items() if v is not None})
-    config = from_table(table)
+    return from_table(table)
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    config = _config_of(args)
     if args.dump_recipe:
         return _dump(config, as_json=args.json)
     model = Path(args.model)
@@ -277,22 +282,30 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.artifact import MANIFEST
     from carve.config import apply_settings, build
     from carve.passes.place import PlaceConfig
-    from carve.plan import plan
+    from carve.plan import foresee, place_again
+    from carve.report.plan import plan_text
 
-    table: dict[str, Any] = {}
-    apply_settings(table, args.settings)
-    if any(section != "place" for section in table):
-        raise UserError("config", "carve plan takes settings of place only")
-    settings = build(PlaceConfig, "place", {"seconds": 5.0, **table.get("place", {})})
-    result = plan(Path(args.path), args.devices, args.budget, args.bits, settings)
+    path = Path(args.path)
+    if (path / MANIFEST).is_file():
+        table: dict[str, Any] = {}
+        apply_settings(table, args.settings)
+        if args.devices is None or any(section != "place" for section in table):
+            raise UserError(
+                "config",
+                f"{path} is converted: --devices D.toml and settings of place can place it anew",
+            )
+        settings = build(PlaceConfig, "place", {"seconds": 5.0, **table.get("place", {})})
+        result = place_again(path, args.devices, settings)
+    else:
+        if args.budget is None and args.ffn_active is None and args.recipe is None:
+            args.budget = 0.6
+        output = Path(args.output or f"{path.name}-carved")
+        result = foresee(path, _config_of(args), output)
     if not args.json:
-        from carve.placement.table import memory_table, value_line
-
-        p = result["placement"]
-        _out(value_line(p["objective"], p["value"], p["bound"], p["gap"]))
-        _out(memory_table(result["memory"]))
+        _out(plan_text(result))
     return result
 
 

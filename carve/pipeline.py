@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from carve import artifact as art
 from carve.artifact import Artifact
 from carve.config import ConvertConfig
-from carve.engine_form import FOREIGN
 from carve.errors import UserError
 from carve.lineup import LAYER_TOKENS, WEIGHTS_ONLY, Tokens, default_tokens, limits_of, passes_of
 from carve.state_folder import Course, discard, state_folder
@@ -139,11 +138,6 @@ def _convert_checkpoint(path: Path, job: _Job) -> Artifact | Stopped:
     from carve.checkpoint import Checkpoint
 
     checkpoint, config = Checkpoint.open(path), job.config
-    foreign = [t for t in config.targets if t in FOREIGN]
-    stored = sum(f.stat().st_size for f in checkpoint.weights)
-    own = checkpoint.num_parameters * config.nominal_bits // 8
-    needed = len(foreign) * stored + (own if len(foreign) < len(config.targets) else 0)
-    art.check_disk(job.out, needed + (64 << 20))
     program = capture_checkpoint(checkpoint)
     if program.inputs[0] != "input_ids":
         raise UserError(
@@ -193,14 +187,22 @@ class _Conversion:
         from carve.arithmetic import as_emitted
         from carve.diagnosis import Diagnosis, costs
         from carve.engine_form import check_source
+        from carve.estimate import estimate
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
+        from carve.rates import Rates
         from carve.realised import realised
+        from carve.room import check_room, scene_of
+        from carve.state import size_of
         from carve.targets import check_translation, emit_targets
 
         program = self.program
         check_source(program, self.config.targets)
         check_translation(program, self.config.targets, self.config.nominal_bits)
+        # Speed has no say in it, so none is measured.
+        scene = scene_of(program, self.config)
+        expected = estimate(scene, self.config, self.passes, Rates(1, 1, 1, 1, 1))
+        check_room(expected, self.out, size_of(self.job.folder))
         parameters = sum(p.numel() for p in program.module.parameters())
         count = default_tokens(self.config, parameters)
         results: list[PassResult] = []

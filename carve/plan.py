@@ -1,14 +1,17 @@
-"""Plan: where experts would go, before anything long starts or after a conversion."""
+"""Plan: what a conversion will take and whether it fits, and where experts would go."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from carve.artifact import MANIFEST, Artifact
+from carve.artifact import Artifact, disk_free
+from carve.config import ConvertConfig, build
 from carve.errors import UserError
+from carve.estimate import estimate
 from carve.passes.place import PlaceConfig
-from carve.placement.devices import read_devices
+from carve.placement.devices import Devices, read_devices
 from carve.placement.place import place
 from carve.placement.problem import scores
 from carve.placement.sizes import Sizes, planned_sizes
@@ -17,27 +20,24 @@ from carve.placement.trace import Trace
 TRACE, SIZES = "placement/trace.npz", "placement/sizes.json"
 
 
-def plan(
-    path: Path, devices: str, budget: float, bits: int, settings: PlaceConfig
-) -> dict[str, Any]:
-    """Place the experts of a checkpoint that is to be carved, or of an artifact.
-
-    A checkpoint's experts are taken to be equally busy, for nothing is calibrated; an artifact that
-    was converted with devices holds a trace, and is placed by it.
+def place_again(path: Path, devices: str, settings: PlaceConfig) -> dict[str, Any]:
+    """Place the experts of an artifact that was converted with devices, by the trace it holds.
 
     Raises:
         UserError: nothing fits, and which constraint says so.
     """
-    described = read_devices(devices)
-    sizes, trace = (
-        of_artifact(path) if (path / MANIFEST).is_file() else _of_model(path, budget, bits)
-    )
+    sizes, trace = of_artifact(path)
+    return {"feasible": True, **_placed(read_devices(devices), sizes, trace, settings)}
+
+
+def _placed(
+    described: Devices, sizes: Sizes, trace: Trace, settings: PlaceConfig
+) -> dict[str, Any]:
     problem = sizes.problem(described, trace, context=settings.context, batch=settings.batch)
     placed = place(problem, settings)
     homes = placed.homes
     link = {n: float(t) for n, t in zip(described.names, problem.trip, strict=True)}
     return {
-        "feasible": True,
         "host_bytes": problem.host_bytes,
         "expert_bytes": float(sum(b.sum() for b in problem.nbytes)),
         "memory": problem.memory(homes),
@@ -69,12 +69,65 @@ def of_artifact(path: Path) -> tuple[Sizes, Trace]:
     return Sizes.parse(read_json(resolve_inside(root, SIZES)), trace), trace
 
 
-def _of_model(path: Path, budget: float, bits: int) -> tuple[Sizes, Trace]:
-    from carve.budget import make_request, plan_widths
+def foresee(path: Path, config: ConvertConfig, output: Path) -> dict[str, Any]:
+    """What converting a checkpoint will take on this machine, before anything long starts.
+
+    Args:
+        path: a Hugging Face directory.
+        config: the settings.
+        output: where the artifact would go.
+
+    Returns:
+        ``feasible`` and ``reasons`` why not; ``parameters``, ``budget``; ``steps`` with what each
+        does and its ``seconds``; ``seconds`` in all; ``peak_memory``, ``output`` and ``state``
+        (``disk``: both) in bytes beside ``memory_free`` and ``disk_free``. With devices also where
+        experts would go, taken to be equally busy, for nothing is calibrated.
+
+    Raises:
+        UserError: the request cannot be served, or nothing fits on the devices.
+    """
+    import torch
+
     from carve.capture import capture_checkpoint
-    from carve.config import ConvertConfig
+    from carve.engine_form import check_source
+    from carve.lineup import passes_of
+    from carve.rates import Rates
+    from carve.room import lacking, memory_free, scene_of
+    from carve.settings import of_pass
 
     program = capture_checkpoint(path)
-    config = ConvertConfig(budget=budget)
-    request = make_request(program, budget, None, config.shared_share, None, None)
-    return planned_sizes(program, plan_widths(program, request, {}), bits)
+    check_source(program, config.targets)
+    passes = passes_of(config)
+    scene = scene_of(program, config)
+    found = estimate(scene, config, passes, Rates.measure())
+    what = {p.name: of_pass(p.name)[0] for p in passes}
+    reasons = lacking(found, output)
+    placed: dict[str, Any] = {}
+    if config.devices is not None:
+        given = {"seconds": 5.0, **config.passes.get("place", {}), "devices": config.devices}
+        settings = build(PlaceConfig, "place", given)
+        sizes, trace = planned_sizes(program, scene.splits, config.nominal_bits)
+        placed = _placed(read_devices(config.devices), sizes, trace, settings)
+    parameters = sum(p.numel() for p in program.module.parameters())
+    return {
+        "feasible": not reasons,
+        "reasons": reasons,
+        "parameters": parameters,
+        "macs": program.dense_macs,
+        "budget": config.budget,
+        "ffn_active": config.ffn_active,
+        "tokens": asdict(scene.tokens),
+        "steps": [
+            {"name": n, "does": what.get(n, ""), "seconds": s} for n, s in found.seconds.items()
+        ],
+        "passes": [p.name for p in passes],
+        "seconds": found.total_seconds,
+        "threads": torch.get_num_threads(),
+        "peak_memory": found.memory,
+        "memory_free": memory_free(),
+        "output": found.output,
+        "state": found.state,
+        "disk": found.disk,
+        "disk_free": float(disk_free(output)),
+        **placed,
+    }

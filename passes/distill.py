@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,15 @@ class DistillConfig:
     site_work: float = 3e12
     strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     judge: bool = True
+
+    def steps_for(self, macs: Sequence[int]) -> int:
+        """Steps a site, for sites of so many multiply-accumulates a token."""
+        if self.steps:
+            return self.steps
+        # Forward and backward are three products for each weight.
+        each = [3 * m * self.batch for m in macs] or [1]
+        allowed = min(self.work / sum(each), self.site_work / max(each))
+        return int(min(300, max(12, allowed)))
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Distill(Pass[DistillConfig]):
         trained: dict[str, float] = {}
         after: dict[str, float] = {}
         seen = 0
-        steps = self._steps(program)
+        steps = self.config.steps_for([s.dense.macs for s in program.carved])
 
         def rewrite() -> None:
             nonlocal seen
@@ -90,14 +100,6 @@ class Distill(Pass[DistillConfig]):
 
         kept = unless_worse(program, context if self.config.judge else None, rewrite)
         return DistillMetrics(before, trained, after, seen, steps, kept)
-
-    def _steps(self, program: Program) -> int:
-        if self.config.steps:
-            return self.config.steps
-        # Forward and backward are three products for each weight.
-        macs = [3 * s.dense.macs * self.config.batch for s in program.carved] or [1]
-        allowed = min(self.config.work / sum(macs), self.config.site_work / max(macs))
-        return int(min(300, max(12, allowed)))
 
     def _learn(self, lesson: Lesson, steps: int, context: Context) -> tuple[Fit, float, float]:
         """Steps, then the closed form; the error on held-out tokens before and after the steps."""
