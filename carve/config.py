@@ -252,7 +252,7 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
                 if key not in _GENERAL:
                     raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
                 general[key] = tuple(value) if isinstance(value, list) else value
-                if not _takes(kinds[key], general[key]):
+                if not fits(general[key], kinds[key]):
                     raise UserError(
                         "recipe",
                         f"convert.{key} = {value!r:.60} has to be of type {_named(kinds[key])}",

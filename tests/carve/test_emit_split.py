@@ -25,7 +25,7 @@ from carve.emit.onnx import emit
 from carve.emit.split import Predictor, emit_split
 from carve.errors import CarveError, UserError
 from carve.grid import Grid
-from carve.parity import SPLIT, check_parity, feeds_of, run_split
+from carve.parity import SPLIT, check_parity, feeds_of
 from carve.program import Program
 
 Get = Callable[[str], tiny.Captured]
@@ -217,7 +217,7 @@ def test_gates_are_those_of_the_whole_model(
 ) -> None:
     program = captured(name).program
     path, model = gated(program, tmp_path, bits)
-    check_parity(program, path, prompts(program), bits, run_split)
+    check_parity(program, path, prompts(program), bits, SPLIT)
     whole, engine = Engine(model, "onnx-cpu", 1), engine_of(path)
     assert set(engine.inputs) == set(whole.inputs)
     assert engine.outputs.keys() == whole.outputs.keys()
