@@ -99,10 +99,23 @@ def report() -> dict[str, Any]:
 
 def manifest() -> dict[str, Any]:
     return {
+        "schema": 1,
         "carve": "0.1.0",
         "kind": "decoder",
         "source": {"path": "/models/small", "sha256": "0" * 64},
-        "targets": {"onnx-cpu": {}},
+        "targets": {"onnx-cpu": {"model": "onnx/model.onnx", "bits": 4}},
+        "model": {
+            "vocab_size": 128,
+            "max_length": 64,
+            "bos_token_id": 0,
+            "eos_token_ids": [1],
+            "num_layers": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "shared_cache": True,
+            "pooling": None,
+            "normalize": False,
+        },
     }
 
 
