@@ -106,6 +106,11 @@ def emit_split(
         for k, m in enumerate(markers):
             for value, name in ((m.inputs[0], "x"), (m.inputs[1], "routes"), (m.outputs[0], "y")):
                 given(value).name = f"{name}.{k}"
+            r = by_name[order[k]][1]
+            assert r is not None
+            # Said, for onnxruntime does not follow the widths through its own operators.
+            given(m.inputs[0]).shape = ir.Shape([None, int(r.expert_up.shape[-1])])
+            given(m.inputs[1]).shape = ir.Shape([None, r.num_experts])
         streams = [_stream(m) for m in markers]
         segments = cut(model.graph, markers)
         names = write_segments(model, segments, folder)

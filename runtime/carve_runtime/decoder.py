@@ -44,11 +44,7 @@ def check_decoder(engine: Runner, info: ModelInfo, *, masked: bool = True) -> No
         known.add(past)
         for ports, name in ((engine.inputs, past), (engine.outputs, present)):
             port = ports.get(name)
-            if (
-                port is None
-                or not (port.is_half or port.is_float32(*cache))
-                or (not port.fits(*cache))
-            ):
+            if port is None or not port.is_real or not port.fits(*cache):
                 raise refuse(f"{name} must be float32 or float16 with shape {cache}")
     if info.gates:
         told = [engine.outputs.get(name) for name in (SCORES, BARS)]
@@ -202,9 +198,13 @@ class Session:
             self._gates.seen(scores, bars)
         return logits
 
+    def _room(self, total: int) -> int:
+        """Tokens that the cache gets room for where ``total`` no longer fit."""
+        return min(max(_FIRST_CAPACITY, 2 * self._capacity, total), self._info.max_length)
+
     def _grow(self, total: int) -> None:
         """Make room for ``total`` tokens; every doubling copies what is valid once."""
-        capacity = min(max(_FIRST_CAPACITY, 2 * self._capacity, total), self._info.max_length)
+        capacity = self._room(total)
         heads, width = self._info.num_key_value_heads, self._info.head_dim
         for index, (past, present) in enumerate(self._names):
             # zeros, not empty: the pages are not touched before they are written either way,

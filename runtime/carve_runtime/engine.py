@@ -45,24 +45,25 @@ class Port:
         """Whether this is float16."""
         return self.dtype == _FLOAT16
 
+    @property
+    def is_real(self) -> bool:
+        """Whether this is float32 or float16."""
+        return self.dtype in (_FLOAT32, _FLOAT16)
+
     def is_float32(self, *shape: int | None) -> bool:
         """Whether this is float32 and has ``shape``, of which None leaves a dimension open."""
         return self.dtype == _FLOAT32 and self.fits(*shape)
-
-    def may_be_float32(self, *shape: int | None) -> bool:
-        """Whether this is float32 and nothing it says of its own shape speaks against ``shape``."""
-        return (
-            self.dtype == _FLOAT32
-            and len(self.shape) == len(shape)
-            and all(
-                None in pair or pair[0] == pair[1] for pair in zip(self.shape, shape, strict=True)
-            )
-        )
 
     def fits(self, *shape: int | None) -> bool:
         """Whether this has ``shape``, of which None leaves a dimension open."""
         return len(self.shape) == len(shape) and all(
             want in (None, dim) for dim, want in zip(self.shape, shape, strict=True)
+        )
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of ``shape`` can be fed, where a dynamic dimension takes any."""
+        return len(self.shape) == len(shape) and all(
+            dim in (None, given) for dim, given in zip(self.shape, shape, strict=True)
         )
 
 

@@ -54,8 +54,7 @@ class Trunk:
 
     def _check_ports(self, layer: Layer, k: int, outputs: Mapping[str, Port]) -> None:
         for name, width in ((f"x.{k}", layer.width), (f"routes.{k}", layer.experts)):
-            # Operators of onnxruntime's own leave widths open that the weights decide.
-            if name not in outputs or not outputs[name].may_be_float32(None, width):
+            if name not in outputs or not outputs[name].is_float32(None, width):
                 raise _refuse(f"segment {k} does not give {name}")
 
     def handed(self, k: int) -> list[str]:
@@ -171,10 +170,10 @@ class SplitEngine:
         """
         check_feeds(self, feeds)
         for name, port in self.inputs.items():
-            array = feeds[name]
-            fixed = zip(port.shape, array.shape, strict=False)
-            if array.ndim != len(port.shape) or any(a not in (None, b) for a, b in fixed):
-                raise RequestError("inputs", f"{name} has shape {array.shape}, not {port.shape}")
+            if not port.takes(feeds[name].shape):
+                raise RequestError(
+                    "inputs", f"{name} has shape {feeds[name].shape}, not {port.shape}"
+                )
         values = {n: value(np.ascontiguousarray(a)) for n, a in feeds.items()}
         return [v.numpy() for v in self.run_values(list(self.outputs), values)]
 

@@ -21,8 +21,6 @@ from carve_runtime.manifest import ModelInfo
 from carve_runtime.tensors import map_tensors
 from carve_runtime.tvm_index import DTYPES, TvmIndex
 
-_FIRST_CAPACITY = 256
-
 
 class TvmEngine:
     """Runs the functions of a compiled model; threads may share it and take turns.
@@ -104,10 +102,7 @@ class TvmEngine:
         port = self.inputs[name]
         given = np.asarray(array)
         kind = DTYPES[port.dtype]
-        fits = given.ndim == len(port.shape) and all(
-            d in (None, n) for d, n in zip(port.shape, given.shape, strict=True)
-        )
-        if given.dtype != kind or not fits:
+        if given.dtype != kind or not port.takes(given.shape):
             raise RequestError(
                 "inputs", f"{name} is {given.dtype} {given.shape}, not {kind} {port.shape}"
             )
@@ -194,7 +189,7 @@ class TvmSession(Session):
     def _grow(self, total: int) -> None:
         """Make room for ``total`` tokens; every doubling copies what is valid once."""
         info = self._info
-        self._capacity = min(max(_FIRST_CAPACITY, 2 * self._capacity, total), info.max_length)
+        self._capacity = self._room(total)
         size = (1, info.num_key_value_heads, self._capacity, info.head_dim)
         new = []
         for i in range(self._count):
