@@ -1,8 +1,7 @@
 """What a conversion will take: time by pass, memory and disk, from sizes and measured rates.
 
-Time is counted work (`carve.workload`) over rates measured on the machine (`carve.rates`), times
-one factor a pass for what is not counted: slices, sorts, solvers. The factors were measured on the
-reference model with one thread; ``tools/plan_check.py`` prints predicted beside measured.
+Time is counted work (`carve.workload`) over rates measured on the machine (`carve.rates`); slices,
+sorts and solvers are not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from carve.placement.sizes import planned_sizes
 from carve.rates import Rates
 from carve.workload import COUNTED, Scene, around
 
-FACTORS: dict[str, float] = {}
 _LOADED = 750e6
 """Bytes of a process that has imported torch, transformers, onnxscript and onnxruntime."""
 
@@ -61,16 +59,15 @@ def estimate(
     besides = around(scene, names) if passes else {}
     for name in ("calibration", "dense model"):
         if name in besides:
-            seconds[name] = rates.seconds(besides[name]) * FACTORS.get(name, 1.0)
+            seconds[name] = rates.seconds(besides[name])
     for p in passes:
         if p.name in COUNTED:
-            work = COUNTED[p.name](scene, p)
-            seconds[p.name] = rates.seconds(work) * FACTORS.get(p.name, 1.0)
+            seconds[p.name] = rates.seconds(COUNTED[p.name](scene, p))
         elif p.name == "place":
             seconds[p.name] = float(p.config.seconds)
     for name in ("after each pass", "held-out text"):
         if name in besides:
-            seconds[name] = rates.seconds(besides[name]) * FACTORS.get(name, 1.0)
+            seconds[name] = rates.seconds(besides[name])
     seconds |= {f"emit {t}": _fixed(scene, rates, 3500) for t in config.targets}
     output, state = _output(scene, config), _state(scene, config, names)
     return Estimate(seconds, _memory(scene, config, names), output, state)
