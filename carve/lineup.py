@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from carve.config import ConvertConfig, build, parse_size
 
 if TYPE_CHECKING:
+    from carve.budget import Request
     from carve.passbase import Pass
+    from carve.program import Program
 
 WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize")
 """Passes that run where nothing is carved, too."""
@@ -95,6 +97,21 @@ def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:
         min(final, int(max(512, scale / 32))),
         int(min(4_096, max(512, scale / 64))),
     )
+
+
+def request_of(program: Program, config: ConvertConfig) -> tuple[Request, dict[str, float]]:
+    """What is asked of a program's widths, and the shares of tokens that gates are to skip.
+
+    Raises:
+        UserError: no widths answer the request.
+    """
+    from carve.budget import make_request, plan_skips
+
+    c = config
+    request = make_request(
+        program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k, c.form
+    )
+    return request, plan_skips(program, 0.0 if c.skip == "auto" else float(c.skip))
 
 
 def limits_of(config: ConvertConfig) -> dict[str, float]:

@@ -13,7 +13,15 @@ from carve import artifact as art
 from carve.artifact import Artifact
 from carve.config import ConvertConfig
 from carve.errors import UserError
-from carve.lineup import LAYER_TOKENS, WEIGHTS_ONLY, Tokens, default_tokens, limits_of, passes_of
+from carve.lineup import (
+    LAYER_TOKENS,
+    WEIGHTS_ONLY,
+    Tokens,
+    default_tokens,
+    limits_of,
+    passes_of,
+    request_of,
+)
 from carve.state_folder import Course, discard, state_folder
 from carve.targets import check_targets
 from carve.write_artifact import report_of, write_artifact
@@ -203,8 +211,7 @@ class _Conversion:
         scene = scene_of(program, self.config)
         expected = estimate(scene, self.config, self.passes, Rates(1, 1, 1, 1, 1))
         check_room(expected, self.out, size_of(self.job.folder))
-        parameters = sum(p.numel() for p in program.module.parameters())
-        count = default_tokens(self.config, parameters)
+        count = scene.tokens
         results: list[PassResult] = []
         quality: dict[str, Any] | None = None
         found: dict[str, Any] = {"dense": costs(program), "layers": {}, "positions": {}}
@@ -286,21 +293,18 @@ class _Conversion:
         return self.config.form.plain and following.name in WEIGHTS_ONLY
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
-        from carve.budget import make_request, plan_skips, plan_widths
+        from carve.budget import plan_widths
         from carve.calibration import SiteInputs, hold_back, limit_batches
         from carve.evaluate import Evaluator
         from carve.passbase import Context
 
         c = self.config
-        request = make_request(
-            self.program, c.budget, c.ffn_active, c.shared_share, c.num_experts, c.top_k, c.form
-        )
+        request, skips = request_of(self.program, c)
         stream, held_back = hold_back(batches, judged)
         layerwise = limit_batches(stream, LAYER_TOKENS)
         inputs = SiteInputs.collect(
             self.program, layerwise, lambda items: self.progress(items, "calibration")
         )
-        skips = plan_skips(self.program, 0.0 if c.skip == "auto" else float(c.skip))
         return Context(
             layerwise,
             inputs,

@@ -7,11 +7,11 @@ import resource
 from pathlib import Path
 
 from carve import artifact as art
-from carve.budget import make_request, plan_skips, plan_widths
+from carve.budget import plan_widths
 from carve.config import ConvertConfig
 from carve.errors import UserError
 from carve.estimate import Estimate
-from carve.lineup import default_tokens
+from carve.lineup import default_tokens, request_of
 from carve.program import Program
 from carve.workload import Scene
 
@@ -25,16 +25,7 @@ def scene_of(program: Program, config: ConvertConfig) -> Scene:
     Raises:
         UserError: no widths answer the request.
     """
-    request = make_request(
-        program,
-        config.budget,
-        config.ffn_active,
-        config.shared_share,
-        config.num_experts,
-        config.top_k,
-        config.form,
-    )
-    skips = plan_skips(program, 0.0 if config.skip == "auto" else float(config.skip))
+    request, skips = request_of(program, config)
     widths = {} if config.is_dense else plan_widths(program, request, skips)
     parameters = sum(p.numel() for p in program.module.parameters())
     tokens = default_tokens(config, parameters)
