@@ -253,10 +253,7 @@ def from_table(table: dict[str, Any]) -> ConvertConfig:
                     raise UserError("recipe", f"unknown key convert.{key}{nearest(key, _GENERAL)}")
                 general[key] = tuple(value) if isinstance(value, list) else value
                 if not fits(general[key], kinds[key]):
-                    raise UserError(
-                        "recipe",
-                        f"convert.{key} = {value!r:.60} has to be of type {_named(kinds[key])}",
-                    )
+                    raise _of_another_type(section, key, value, kinds[key])
         elif section in PASS_NAMES:
             passes[section] = values
         else:
@@ -271,12 +268,12 @@ def _takes(kind: Any, value: Any) -> bool:
     return fits(value, kind) and all(math.isfinite(v) for v in parts if isinstance(v, float))
 
 
-def _named(kind: Any) -> str:
-    """A type in words."""
+def _of_another_type(section: str, key: str, value: Any, kind: Any) -> UserError:
     names = [getattr(a, "__name__", str(a)) for a in get_args(kind)] or [kind.__name__]
+    words = " or ".join(n for n in names if n != "NoneType")
     if get_origin(kind) is tuple:
-        return f"list of {names[0]}"
-    return " or ".join(n for n in names if n != "NoneType")
+        words = f"list of {names[0]}"
+    return UserError("recipe", f"{section}.{key} = {value!r:.60} has to be of type {words}")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -334,8 +331,5 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
         if key not in known:
             raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, known)}")
         if not _takes(kinds[key], value):
-            raise UserError(
-                "recipe",
-                f"{section}.{key} = {value!r:.60} has to be of type {_named(kinds[key])}",
-            )
+            raise _of_another_type(section, key, value, kinds[key])
     return cls(**given)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carve.dialect import select
 from carve.ffn import RoutedFFN
 from carve.program import Program
 from carve.sites import FFNSite
@@ -30,14 +31,15 @@ class RouterStats:
     def add(self, site: FFNSite, x: Tensor) -> Tensor:
         """Count the tokens ``x`` ``[T, d]``; gives the mask ``[T, E]`` of the experts they take."""
         routed = self._routed[site.name]
-        chosen = routed.chosen(x)
+        scores = routed.logits(x)
+        chosen = routed_mask(scores, routed)
         self._taken[site.name] += chosen.sum(0)
         self._seen[site.name] += len(x)
         room = TOKENS - self._kept[site.name]
         if room > 0:
-            scores = routed.logits(x[:room]).float()
-            self._scores[site.name].append(scores)
-            self._kept[site.name] += len(scores)
+            kept = scores[:room].float()
+            self._scores[site.name].append(kept)
+            self._kept[site.name] += len(kept)
         return chosen
 
     def of(self, name: str) -> dict[str, Any]:
@@ -74,8 +76,6 @@ class RouterStats:
 
 def routed_mask(scores: Tensor, routed: RoutedFFN) -> Tensor:
     """The experts ``[T, E]`` that tokens with these scores take."""
-    from carve.dialect import select
-
     return select(scores, routed.top_k, routed.dynamic)
 
 

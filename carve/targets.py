@@ -86,6 +86,7 @@ def emit_targets(
         UserError: a target cannot hold the program.
         CarveError: an operator has no translation, or a target differs from the program.
     """
+    from carve.emit.tvm.names import PREFIX
     from carve.passbase import peak_rss_mb
 
     prompts = [_head(program, b) for b in (held[0], held[len(held) // 2])]
@@ -100,7 +101,7 @@ def emit_targets(
             width = 32 if "float32" in metrics["dtype"] else 16
         elif name == ONNX:
             folder, model, shared, metrics = _onnx(program, stage, bits, prompts)
-        elif name.startswith("tvm:"):
+        elif name.startswith(PREFIX):
             folder, model, shared, metrics = _tvm(program, stage, bits, prompts, name)
         elif name == CUDA:
             folder, model, shared, metrics = _cuda(program, stage, bits, prompts)

@@ -17,10 +17,8 @@ from carve.emit.graph import given
 from carve.emit.segments import give_types
 
 _WIDE, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-_ROUTERS = (".router", ".router_gate", ".router_bias")
+_ROUTERS = (".router", ".router_gate")
 _CACHE = ("past_key_values.", "present.")
-# Where routing ends: what reads router scores and gives activations.
-_EXPERTS = frozenset({"QMoE"})
 # Their means and deviations, which nothing reads, are fp32 whatever they norm.
 _NORMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
 _LARGEST = float(np.finfo(np.float16).max)
@@ -84,7 +82,8 @@ def _routing(graphs: list[ir.Graph]) -> set[ir.Node]:
     for graph in graphs:
         for node in graph:
             router = node.op_type == "Gemm" and str(given(node.inputs[1]).name).endswith(_ROUTERS)
-            follows = node.op_type not in _EXPERTS and any(
+            # Where routing ends: what reads router scores and gives activations.
+            follows = node.op_type != "QMoE" and any(
                 v is not None and v.producer() in found and v.dtype == _WIDE for v in node.inputs
             )
             if router or follows:
