@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from carve_runtime import processor
 from carve_runtime import tvm_library as tvm
 from carve_runtime.decoder import Session, cache_names
 from carve_runtime.engine import Port, check_feeds
@@ -209,24 +208,13 @@ class TvmSession(Session):
 
 def runs_here(index: TvmIndex) -> bool:
     """Whether this machine can run what the index is of."""
-    return index.machine == _machine() and not _missing(index)
+    return index.machine == processor.machine() and not _missing(index)
 
 
-def _machine() -> str:
-    name = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
-
-
-def _missing(index: TvmIndex, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+def _missing(index: TvmIndex) -> list[str]:
     """The flags that this processor lacks; none where the system does not tell."""
-    if not cpuinfo.exists():
-        return []
-    for line in cpuinfo.read_text(encoding="ascii", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            have = set(value.split())
-            return [f for f in index.flags if f not in have]
-    return []
+    have = processor.flags()
+    return [] if have is None else [f for f in index.flags if f not in have]
 
 
 def check_processor(index: TvmIndex) -> None:
@@ -235,7 +223,7 @@ def check_processor(index: TvmIndex) -> None:
     Raises:
         ArtifactError: ``target`` when the processor is another, or lacks an instruction set.
     """
-    missing = [] if index.machine == _machine() else [index.machine]
+    missing = [] if index.machine == processor.machine() else [index.machine]
     missing += _missing(index) if not missing else []
     if missing:
         raise ArtifactError(

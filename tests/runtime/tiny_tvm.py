@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
 import tvm
+from carve_runtime import processor
 from tiny_artifacts import MAX_LENGTH, TOKENIZER, VOCAB, seal, write_manifest
 from tvm import relax, tirx
 from tvm.relax import op
@@ -106,9 +106,7 @@ def index() -> dict[str, Any]:
     return {
         "schema": 1,
         "target": "tvm:host",
-        "machine": {"amd64": "x86_64", "arm64": "aarch64"}.get(
-            platform.machine().lower(), platform.machine().lower()
-        ),
+        "machine": processor.machine(),
         "flags": [],
         "library": "model.so",
         "tensors": "model.safetensors",

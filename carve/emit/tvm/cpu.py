@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from carve.errors import UserError
@@ -152,25 +150,14 @@ CPUS = (
 
 
 def _host() -> Cpu:
-    machine = platform.machine().lower()
-    family = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    seen = _flags()
+    from carve_runtime.processor import flags, machine
+
+    seen = flags() or frozenset()
     for cpu in CPUS:
-        if cpu.triple.startswith(family) and cpu.flags <= seen:
+        if cpu.triple.startswith(machine()) and cpu.flags <= seen:
             return cpu
     raise UserError(
         "target",
-        f"no entry describes this machine ({machine})",
+        f"no entry describes this machine ({machine()})",
         f"name the processor: {', '.join(names()[1:])}",
     )
-
-
-def _flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What Linux says the first processor can do."""
-    if not path.exists():
-        return frozenset()
-    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            return frozenset(value.split())
-    return frozenset()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import shutil
 
 from carve.emit.tvm.cpu import HOST, Cpu
@@ -29,6 +28,8 @@ def processor(target: str) -> Cpu:
     Raises:
         UserError: no such processor.
     """
+    from carve_runtime.processor import machine
+
     name = target.removeprefix(PREFIX)
     if name == "cuda":
         raise UserError(
@@ -36,7 +37,7 @@ def processor(target: str) -> Cpu:
             "tvm:cuda is not there yet: carve's kernels are written for processors",
             "use onnxruntime, or tvm:x86_64",
         )
-    if name == "x86_64" and platform.machine().lower() in ("x86_64", "amd64"):
+    if name == "x86_64" and machine() == name:
         name = HOST
     try:
         return Cpu.named(_LEVELS.get(name, name))
@@ -57,11 +58,10 @@ def compiler(cpu: Cpu) -> str:
     Raises:
         UserError: there is none.
     """
+    from carve_runtime import processor
+
     machine = cpu.triple.partition("-")[0]
-    native = {"amd64": "x86_64", "arm64": "aarch64"}.get(
-        platform.machine().lower(), platform.machine().lower()
-    )
-    if machine == native:
+    if machine == processor.machine():
         found = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
         hint = "install g++"
     else:
