@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,11 @@ from carve.errors import UserError
 _MAX_JSON = 64 << 20
 # A dotted key takes time with the square of its parts, and has to stand on one line.
 _MAX_TOML, _MAX_LINE = 1 << 18, 2000
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$XDG_CACHE_HOME/carve``, or ``~/.cache/carve``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carve"
 
 
 def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from carve.artifact import REPORT, Artifact
 from carve.errors import UserError
-from carve.files import looking_into
+from carve.files import cache_folder, looking_into
 
 if TYPE_CHECKING:
     import carve_runtime
@@ -108,7 +108,7 @@ def dense_artifact(
     # What is known was compared with the source; it is part of a path here.
     known = artifact.manifest["source"].get("sha256") or Checkpoint.open(source).sha256()
     key = str(known)[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carve"
+    root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
     kind = "" if target == "onnx-cpu" else "-" + target.replace(":", "-")
     path = root / f"dense-{key}-{bits}{kind}-{__version__}"

@@ -23,6 +23,7 @@ from carve.emit.tvm.kernels import PIPELINE, LinearSpec, RoutedSpec, Schedule, l
 from carve.emit.tvm.kernels.layout import Array, linear_layout, routed_arrays
 from carve.emit.tvm.kernels.schedule import default
 from carve.errors import CarveError
+from carve.files import cache_folder
 
 _log = logging.getLogger(__name__)
 _SMALL = 4 << 20
@@ -41,8 +42,7 @@ Spec = LinearSpec | RoutedSpec
 
 def cache_file() -> Path:
     """Where schedules are kept: ``carve/tvm-schedules.json`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "carve" / "tvm-schedules.json"
+    return cache_folder() / "tvm-schedules.json"
 
 
 def choose(spec: Spec, cpu: Cpu, cache: Path | None = None) -> Schedule:
