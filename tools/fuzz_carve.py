@@ -77,10 +77,10 @@ def plain_seeds(folder: Path) -> None:
     whole.unlink()
     index = folder / "shards/model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": table}), "utf-8")
-    model, optimizer = _trainee()
+    model, optimizer = trainee()
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
-    kept = _Kept()
+    kept = Kept()
     save(kept, model, optimizer, 1, [0.5])
     stored, _ = Store(folder / "objects").put(kept.value)
     (folder / "objects" / f"{stored.file}.safetensors").rename(folder / "state.safetensors")
@@ -97,7 +97,7 @@ def toml_text(tables: dict[str, Any]) -> bytes:
     return "\n".join(lines).encode()
 
 
-class _Kept(Partial):
+class Kept(Partial):
     """Keeps one value."""
 
     value: Any = None
@@ -109,7 +109,8 @@ class _Kept(Partial):
         self.value = value
 
 
-def _trainee() -> tuple[nn.Module, torch.optim.Optimizer]:
+def trainee() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model with its optimizer, the same every time."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     return model, torch.optim.Adam(model.parameters())
@@ -182,14 +183,14 @@ def targets(seeds: Path, work: Path) -> dict[str, Callable[[], Target]]:
             name = hashlib.sha256(damaged).hexdigest()
             path = folder / f"{name}.safetensors"
             path.write_bytes(damaged)
-            kept = _Kept()
+            kept = Kept()
             try:
                 kept.value = Store(folder).get(Stored(name, (name,)))
             except StateError:
                 return
             finally:
                 path.unlink()
-            model, optimizer = _trainee()
+            model, optimizer = trainee()
             before = [p.clone() for p in model.parameters()]
             losses: list[float] = []
             step = load(kept, model, optimizer, losses)

@@ -28,7 +28,6 @@ from carve.config import apply_settings, from_table, read_recipe
 from carve.errors import UserError
 from carve.files import read_json, read_toml
 from carve.measure import source_of
-from carve.passbase import Partial
 from carve.placement.devices import parse_devices
 from carve.placement.sizes import Sizes
 from carve.placement.trace import Trace
@@ -311,33 +310,16 @@ def test_artifact_that_points_elsewhere(tmp_path: Path) -> None:
         Artifact.open(folder)
 
 
-class _Given(Partial):
-    """Gives what it is given."""
-
-    value: Any = None
-
-    def get(self, key: str) -> Any:
-        return self.value
-
-    def put(self, key: str, value: Any) -> None:
-        self.value = value
-
-
 @pytest.mark.parametrize(
     "how", ["moment", "weight", "nan", "index", "losses", "step", "something else"]
 )
 def test_states_are_taken_whole_or_not_at_all(how: str) -> None:
-    def trainee() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 2)
-        return model, torch.optim.Adam(model.parameters())
-
-    model, optimizer = trainee()
+    model, optimizer = fuzz_carve.trainee()
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
-    partial = _Given()
+    partial = fuzz_carve.Kept()
     save(partial, model, optimizer, 1, [0.5])
-    fresh, optimizer = trainee()
+    fresh, optimizer = fuzz_carve.trainee()
     losses: list[float] = []
     assert load(partial, fresh, optimizer, losses) == 1
     assert torch.equal(fresh.weight, model.weight)  # type: ignore[arg-type]
@@ -358,7 +340,7 @@ def test_states_are_taken_whole_or_not_at_all(how: str) -> None:
         partial.value = replace(state, step=-1)
     else:
         partial.value = ["something", "else"]
-    fresh, optimizer = trainee()
+    fresh, optimizer = fuzz_carve.trainee()
     before, losses = fresh.weight.clone(), []  # type: ignore[operator]
     assert load(partial, fresh, optimizer, losses) == 0
     assert torch.equal(fresh.weight, before)  # type: ignore[arg-type]

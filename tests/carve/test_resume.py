@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_output_that_cannot_be_written(checkpoint: Path, tmp_path: Path, capsys:
     user = os.geteuid()
     if user == 0:  # root may write anywhere
         for folder in (*checkpoint.parents, checkpoint, parent, *parent.parents):
-            if str(folder).startswith("/tmp/"):
+            if Path(tempfile.gettempdir()).resolve() in folder.resolve().parents:
                 folder.chmod(folder.stat().st_mode | 0o555)
         os.seteuid(65534)
     try:
