@@ -51,6 +51,16 @@ class Shape:
     rms_norm_eps: float = 1e-5
 
 
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+"""What of a `Shape` the command line sets."""
+
+
 class Block(nn.Module):
     """Pre-norm attention and gated FFN; parameter names follow Hugging Face's Llama."""
 
@@ -227,6 +237,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--corpus", type=Path, required=True, help="folder with train/ and valid/")
     p.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
     p.add_argument("--state", type=Path, help="resumable state (default: OUT/../.OUT.state)")
+    for f in SHAPE:
+        name = "--" + f.removeprefix("num_").removesuffix("_size").replace("_", "-")
+        p.add_argument(name, dest=f, type=int, default=getattr(Shape, f), help=f"{f} of the config")
     p.add_argument("--tokens", type=float, default=14e6, help="tokens to see")
     p.add_argument("--batch", type=int, default=16, help="rows a step")
     p.add_argument("--length", type=int, default=512, help="tokens a row")
@@ -242,7 +255,8 @@ def main() -> None:
     """Train, or go on training, then export."""
     args = parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    shape = Shape(max_position_embeddings=args.length)
+    sizes = {f: getattr(args, f) for f in SHAPE}
+    shape = Shape(max_position_embeddings=args.length, **sizes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     state_dir = args.state or args.out.parent / f".{args.out.name}.state"
@@ -359,7 +373,7 @@ def main() -> None:
 
 def arguments(args: argparse.Namespace) -> dict[str, object]:
     """The settings that decide the result; paths are left out."""
-    keep = ("tokens", "batch", "length", "lr", "weight_decay", "seed")
+    keep = (*SHAPE, "tokens", "batch", "length", "lr", "weight_decay", "seed")
     return {k: getattr(args, k) for k in keep}
 
 
