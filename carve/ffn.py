@@ -72,11 +72,18 @@ class RoutedFFN:
         return self.shared_size + self.num_experts * self.expert_size
 
     @property
+    def expert_macs(self) -> int:
+        """Multiply-accumulates of one routed expert on one token."""
+        return self._neuron_macs * self.expert_size
+
+    @property
+    def _neuron_macs(self) -> int:
+        return (2 if self.expert_gate is None else 3) * self.expert_up.shape[-1]
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates a token, the router counted."""
-        d = self.expert_up.shape[-1]
-        matrices = 2 if self.expert_gate is None else 3
-        return round(matrices * d * self.active_size) + self.router_macs
+        return round(self._neuron_macs * self.active_size) + self.router_macs
 
     @property
     def router_macs(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,10 @@ _KEY = "training"
 @storable
 @dataclass(frozen=True)
 class TrainingState:
-    """Weights by name, Adam's moments by parameter, steps done and their losses."""
+    """Weights by name, moments by optimizer and parameter, steps done and their losses."""
 
     model: dict[str, Tensor]
-    moments: dict[int, dict[str, Tensor]]
+    moments: list[dict[int, dict[str, Tensor]]]
     step: int
     losses: list[float]
 
@@ -31,17 +32,20 @@ class TrainingState:
 def save(
     partial: Partial,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     step: int,
     losses: list[float],
 ) -> None:
     """Keep the state after ``step`` steps."""
-    moments = {int(i): dict(m) for i, m in optimizer.state_dict()["state"].items()}
+    moments = [{int(i): dict(m) for i, m in o.state_dict()["state"].items()} for o in optimizers]
     partial.put(_KEY, TrainingState(dict(model.state_dict()), moments, step, list(losses)))
 
 
 def load(
-    partial: Partial, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]
+    partial: Partial,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    losses: list[float],
 ) -> int:
     """Take over a kept state; gives its step, or 0 where there is none that fits."""
     state = partial.get(_KEY)
@@ -50,24 +54,27 @@ def load(
     try:
         if not isinstance(state, TrainingState):
             raise TypeError("it is something else")  # noqa: TRY301
-        _check_fits(model, optimizer, state)
+        _check_fits(model, optimizers, state)
     except (TypeError, ValueError) as e:
         log.warning("the state of training cannot be used and is left out: %s", e)
         return 0
     # Nothing fails from here: half a state would be a run of its own.
-    whole: dict[str, Any] = optimizer.state_dict()
     model.load_state_dict(state.model)
-    optimizer.load_state_dict({**whole, "state": state.moments})
+    for optimizer, moments in zip(optimizers, state.moments, strict=True):
+        whole: dict[str, Any] = optimizer.state_dict()
+        optimizer.load_state_dict({**whole, "state": moments})
     losses[:] = state.losses
     log.info("going on from step %d", state.step)
     return state.step
 
 
-def _check_fits(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+def _check_fits(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: TrainingState
+) -> None:
     """Check names, shapes, dtypes and values before any of them is taken over.
 
     Raises:
-        ValueError: they are not this model's and its optimizer's.
+        ValueError: they are not this model's and its optimizers'.
     """
     if state.step < 0 or not all(map(math.isfinite, state.losses)):
         raise ValueError("step or losses are out of range")
@@ -75,12 +82,20 @@ def _check_fits(model: nn.Module, optimizer: torch.optim.Optimizer, state: Train
     have = {k: (v.shape, v.dtype) for k, v in state.model.items()}
     if have != want:
         raise ValueError("its weights are another model's")
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, of in state.moments.items():
-        shapes = {k: v.shape for k, v in of.items()}
-        p = trained[index] if 0 <= index < len(trained) else torch.empty(0)
-        if shapes != {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
-            raise ValueError(f"the moments of parameter {index} do not fit")
-    every = [*state.model.values(), *(v for of in state.moments.values() for v in of.values())]
-    if not all(bool(torch.isfinite(v).all()) for v in every):
+    if len(state.moments) != len(optimizers):
+        raise ValueError("it is of other optimizers")
+    for optimizer, moments in zip(optimizers, state.moments, strict=True):
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, of in moments.items():
+            p = trained[index] if 0 <= index < len(trained) else torch.empty(0)
+            if {k: v.shape for k, v in of.items()} != _moment_shapes(optimizer, p):
+                raise ValueError(f"the moments of parameter {index} do not fit")
+    moved = [v for moments in state.moments for of in moments.values() for v in of.values()]
+    if not all(bool(torch.isfinite(v).all()) for v in [*state.model.values(), *moved]):
         raise ValueError("it holds NaN or infinity")
+
+
+def _moment_shapes(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, torch.Size]:
+    if isinstance(optimizer, torch.optim.Muon):
+        return {"momentum_buffer": p.shape}
+    return {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -21,6 +21,9 @@ def mixed_precision() -> AbstractContextManager[object]:
     if torch.cpu._is_avx512_bf16_supported():
         return torch.autocast("cpu", torch.bfloat16)
     return nullcontext()
+
+
+_MATRICES = ("gate", "up", "down")
 
 
 class MaskedFFN(nn.Module):
@@ -58,7 +61,7 @@ class MaskedFFN(nn.Module):
         self.up, self.up_bias = parameter(merged.up), parameter(merged.up_bias)
         self.down = parameter(merged.down)
         self.low_rank = nn.ParameterDict()
-        for name in ("gate", "up", "down") if rank else ():
+        for name in _MATRICES if rank else ():
             w = getattr(self, name)
             if w is not None:
                 r = min(rank, *w.shape)
@@ -81,13 +84,13 @@ class MaskedFFN(nn.Module):
     def groups(self, rate: float, router_rate: float) -> list[dict[str, object]]:
         """Parameter groups for an optimizer: the step of a tensor is ``rate`` times its own size.
 
-        Adam's steps do not know the scale of what they move; ``rms(W)`` makes one rate serve
-        models whose weights differ tenfold.
+        The optimizers' steps do not know the scale of what they move; ``rms(W)`` makes one rate
+        serve models whose weights differ tenfold. ``matrix`` marks the FFN's own matrices.
         """
         found: list[dict[str, object]] = []
         for name, p in self.named_parameters():
             routing = name.startswith("router")
-            fixed = len(self.low_rank) > 0 and name in ("gate", "up", "down")
+            fixed = len(self.low_rank) > 0 and name in _MATRICES
             p.requires_grad_(self.straight_through if routing else not fixed)
             if not p.requires_grad:
                 continue
@@ -95,7 +98,7 @@ class MaskedFFN(nn.Module):
             size = p if own else self.down
             assert size is not None
             lr = (router_rate if routing else rate) * float(size.detach().square().mean().sqrt())
-            found.append({"params": [p], "lr": lr, "base": lr})
+            found.append({"params": [p], "lr": lr, "base": lr, "matrix": name in _MATRICES})
         return found
 
     def weight(self, name: str) -> Tensor:
@@ -109,7 +112,7 @@ class MaskedFFN(nn.Module):
         """The chosen experts ``[T, E]``, fp32 0 and 1."""
         assert self.router is not None
         # Scores in fp32 whatever the products run in: rounding flips a choice.
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.router, self.router_bias)
         s = self.source
         hard = select(logits.detach(), s.top_k, s.dynamic).float()
@@ -141,12 +144,6 @@ class MaskedFFN(nn.Module):
         if self.expert_bias is not None:
             y = y + mask @ self.expert_bias
         return y.view(*x.shape[:-1], -1)
-
-    @torch.no_grad()
-    def hold_mean(self, mean: float, speed: float) -> None:
-        """Move the router's bias towards ``mean`` experts a token on the last batch."""
-        if self.last_logits is not None and self.router_bias is not None and self.source.dynamic:
-            self.router_bias.sub_(speed * threshold(self.last_logits, self.source.top_k, mean))
 
     @torch.no_grad()
     def export(self) -> RoutedFFN:
@@ -190,6 +187,70 @@ def threshold(logits: Tensor, top_k: int, mean: float) -> float:
         return float(high) - 1e-3 * (1.0 + abs(float(high)))
     low = scores.kthvalue(len(scores) - count).values
     return float((high + low) / 2)
+
+
+def common_threshold(
+    logits: Sequence[Tensor], top_k: Sequence[int], costs: Sequence[float], wanted: float
+) -> float:
+    """The score above which the experts of several sites cost ``wanted`` a token in all.
+
+    Of each token's scores at site ``i`` the ``top_k[i]`` largest count, each for ``costs[i]``.
+
+    Shapes: ``logits[i]`` ``[T, E_i]``.
+    """
+    scores = [x.topk(k, dim=-1).values.flatten() for x, k in zip(logits, top_k, strict=True)]
+    every = torch.cat(scores)
+    each = torch.cat([torch.full_like(s, c) for s, c in zip(scores, costs, strict=True)])
+    order = every.argsort(descending=True)
+    spent = each[order].cumsum(0, dtype=torch.float64) / len(logits[0])
+    count = int((spent <= wanted).sum())
+    ranked = every[order]
+    if count == len(ranked):
+        return float(ranked[-1]) - 1e-3 * (1.0 + abs(float(ranked[-1])))
+    above = ranked[max(0, count - 1)]
+    return float((above + ranked[count]) / 2)
+
+
+class Balance:
+    """Holds what the experts of several sites cost together, and lets the sites trade.
+
+    One shift for the biases of all routers: where the loss gains more from an expert than the
+    others pay for it, the gradient keeps that router's bias up and the shift takes the cost back
+    everywhere. Sites with a fixed number of experts take no part.
+
+    Args:
+        models: the FFNs in training, by site.
+        experts: experts a token that each was planned with.
+    """
+
+    def __init__(self, models: Mapping[str, MaskedFFN], experts: Mapping[str, float]) -> None:
+        self.models = [m for m in models.values() if m.source.dynamic]
+        planned = [experts[n] for n, m in models.items() if m.source.dynamic]
+        self.top_k = [m.source.top_k for m in self.models]
+        self.costs = [float(m.source.expert_macs) for m in self.models]
+        self.wanted = sum(c * e for c, e in zip(self.costs, planned, strict=True))
+
+    @torch.no_grad()
+    def hold(self, logits: Sequence[Tensor], speed: float = 1.0) -> float:
+        """Move the biases by ``speed`` of what would make ``logits`` of all models cost as wanted.
+
+        Shapes: ``logits[i]`` ``[T, E_i]``, in the order of ``models``.
+
+        Returns:
+            What was taken from all of them.
+        """
+        if not self.models:
+            return 0.0
+        shift = speed * common_threshold(logits, self.top_k, self.costs, self.wanted)
+        for m in self.models:
+            assert m.router_bias is not None
+            m.router_bias.sub_(shift)
+        return shift
+
+    def last(self) -> list[Tensor]:
+        """The scores of the last batch."""
+        found = [m.last_logits for m in self.models]
+        return [t for t in found if t is not None]
 
 
 def calibrated(routed: RoutedFFN, x: Tensor, mean: float) -> RoutedFFN:

@@ -81,7 +81,7 @@ def plain_seeds(folder: Path) -> None:
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
     kept = Kept()
-    save(kept, model, optimizer, 1, [0.5])
+    save(kept, model, [optimizer], 1, [0.5])
     stored, _ = Store(folder / "objects").put(kept.value)
     (folder / "objects" / f"{stored.file}.safetensors").rename(folder / "state.safetensors")
 
@@ -193,7 +193,7 @@ def targets(seeds: Path, work: Path) -> dict[str, Callable[[], Target]]:
             model, optimizer = trainee()
             before = [p.clone() for p in model.parameters()]
             losses: list[float] = []
-            step = load(kept, model, optimizer, losses)
+            step = load(kept, model, [optimizer], losses)
             if step == 0 and not losses:
                 assert all(map(torch.equal, before, model.parameters()))
             optimizer.zero_grad()

@@ -311,29 +311,31 @@ def test_artifact_that_points_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["moment", "weight", "nan", "index", "losses", "step", "something else"]
+    "how", ["moment", "weight", "nan", "index", "optimizers", "losses", "step", "something else"]
 )
 def test_states_are_taken_whole_or_not_at_all(how: str) -> None:
     model, optimizer = fuzz_carve.trainee()
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
     partial = fuzz_carve.Kept()
-    save(partial, model, optimizer, 1, [0.5])
+    save(partial, model, [optimizer], 1, [0.5])
     fresh, optimizer = fuzz_carve.trainee()
     losses: list[float] = []
-    assert load(partial, fresh, optimizer, losses) == 1
+    assert load(partial, fresh, [optimizer], losses) == 1
     assert torch.equal(fresh.weight, model.weight)  # type: ignore[arg-type]
 
     state = partial.value
     assert isinstance(state, TrainingState)
     if how == "moment":
-        state.moments[0]["exp_avg"] = torch.zeros(5)
+        state.moments[0][0]["exp_avg"] = torch.zeros(5)
     elif how == "weight":
         state.model["weight"] = torch.zeros(3, 3)
     elif how == "nan":
         state.model["weight"] = torch.full((2, 3), float("nan"))
     elif how == "index":
-        state.moments[7] = state.moments[0]
+        state.moments[0][7] = state.moments[0][0]
+    elif how == "optimizers":
+        state.moments.append({})
     elif how == "losses":
         state.losses.append(float("inf"))
     elif how == "step":
@@ -342,7 +344,7 @@ def test_states_are_taken_whole_or_not_at_all(how: str) -> None:
         partial.value = ["something", "else"]
     fresh, optimizer = fuzz_carve.trainee()
     before, losses = fresh.weight.clone(), []  # type: ignore[operator]
-    assert load(partial, fresh, optimizer, losses) == 0
+    assert load(partial, fresh, [optimizer], losses) == 0
     assert torch.equal(fresh.weight, before)  # type: ignore[arg-type]
     assert not losses
     assert not optimizer.state_dict()["state"]

@@ -22,6 +22,7 @@ from carve.calibration import (
     text_batches,
 )
 from carve.capture import capture_checkpoint
+from carve.dialect import select
 from carve.evaluate import Evaluator
 from carve.passbase import Context, Pass, PassManager, unless_worse
 from carve.passes import (
@@ -43,7 +44,7 @@ from carve.sites import FFNSite
 from carve.state import PassStates
 from carve.state_folder import Course
 from carve.statistics import refit_down, weights_of_size
-from carve.tuning import MaskedFFN, calibrated, shuffled, threshold
+from carve.tuning import Balance, MaskedFFN, calibrated, common_threshold, shuffled, threshold
 from carve.walk import walk
 
 SPLIT = Split(shared_size=64, expert_size=32, num_experts=6, top_k=2)
@@ -338,6 +339,57 @@ def test_finetune_lowers_the_loss(routed: Routed, tmp_path: Path) -> None:
     assert metrics["loss"][-1] < metrics["loss"][0]
     assert 15_000 < metrics["tokens"] <= 20_000
     assert metrics["distinct"] == sum(b.inputs[0].numel() for b in routed.batches)
+
+
+def test_sites_trade_experts_and_the_cost_of_all_stays(routed: Routed, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(500, 6, generator=generator), torch.randn(500, 4, generator=generator)]
+    shift = common_threshold(logits, [3, 4], [2.0, 5.0], 9.0)
+    used = [
+        select(x - shift, k, True).sum(1).float().mean()
+        for x, k in zip(logits, [3, 4], strict=True)
+    ]
+    assert float(2 * used[0] + 5 * used[1]) == pytest.approx(9.0, abs=0.02)
+    # More than there is takes all that may be taken, nothing takes none.
+    assert (logits[1] > common_threshold(logits, [3, 4], [2.0, 5.0], 99.0)).all()
+    assert not (logits[1] > common_threshold(logits, [3, 4], [2.0, 5.0], 0.0)).any()
+
+    program = routed.copy()
+    models = {s.name: MaskedFFN(s.routed) for s in program.carved if s.routed is not None}
+    assert all(m.source.dynamic for m in models.values())
+    first = next(iter(models.values()))
+    assert first.router_bias is not None
+    first.router_bias.data += 1.0
+    balance = Balance(models, dict.fromkeys(models, 1.5))
+    for m in models.values():
+        m.mask(torch.randn(400, m.source.router.shape[1], generator=generator))
+    scores = balance.last()
+    shift = balance.hold(scores)
+    counts = [
+        select(x - shift, m.source.top_k, True) for x, m in zip(scores, balance.models, strict=True)
+    ]
+    means = [float(c.sum(1).float().mean()) for c in counts]
+    assert sum(means) == pytest.approx(1.5 * len(models), rel=0.02)
+    # What one site's loss is worth, the others give.
+    assert means[0] > max(means[1:])
+
+
+def test_finetune_keeps_what_was_planned(routed: Routed, tmp_path: Path) -> None:
+    program, context = routed.copy(), routed.context()
+    finetune(routed, program, tmp_path)
+    asked = sum(context.experts(s) for s in program.carved)
+    told = sum(s.routed.mean_top_k or 0.0 for s in program.carved if s.routed is not None)
+    assert told == pytest.approx(asked, rel=0.03)
+    seen: dict[str, float] = {}
+    for batch in context.batches[:8]:
+
+        def note(site: FFNSite, x: torch.Tensor) -> None:
+            assert site.routed is not None
+            taken = site.routed.chosen(x.flatten(0, -2)).sum(1).float().mean()
+            seen[site.name] = seen.get(site.name, 0.0) + float(taken) / len(context.batches[:8])
+
+        program.run(*batch.inputs, observe=note)
+    assert sum(seen.values()) == pytest.approx(asked, rel=0.1)
 
 
 def test_finetune_goes_on_where_it_was_killed(routed: Routed, tmp_path: Path) -> None:
