@@ -37,7 +37,8 @@ class TvmIndex:
     """The typed content of ``index.json``.
 
     ``functions``: by name, the tensors that a function takes after its inputs; ``flags``: what the
-    processor has to be able to do, as Linux names it; ``gpu``: None where the processor does it all.
+    processor has to be able to do, as Linux names it; ``gpu``: None where it does
+    all itself.
     """
 
     target: str

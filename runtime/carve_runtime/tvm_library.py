@@ -139,3 +139,11 @@ def use_threads(count: int) -> None:
     if getattr(_THREADS, "count", None) != count:
         runtime().get_global_func("runtime.config_threadpool")(1, count)
         _THREADS.count = count
+
+
+def give_back() -> None:
+    """Free what TVM keeps for the next time; what a tensor still holds stays.
+
+    It keeps every size that it has seen, and each length of a prompt has sizes of its own.
+    """
+    runtime().get_global_func("vm.builtin.memory_manager.clear")()

@@ -182,7 +182,7 @@ def dot(
 
         def step() -> None:
             for t, x in enumerate(inputs):
-                lanes = math.gcd(word, x.lanes)
+                lanes = math.gcd(4, word, x.lanes)  # CUDA has no longer vectors of fp32
                 for j in range(0, word, lanes):
                     store(
                         xs,
