@@ -166,6 +166,7 @@ def _jittered(precision: Precision, engine: Engine) -> LinearRule:
 CPU = Engine(run_onnx)
 SPLIT = Engine(run_split)
 TVM = Engine(run_tvm)
+TVM_CUDA = Engine(run_tvm, int8=False)
 CUDA = Engine(run_half, int8=False, step=2.5e-4, bound=5e-3)
 
 
@@ -184,7 +185,7 @@ def check_parity(
         prompts: program inputs; their routings have to differ from one another and from the
             example input's, else the check would not see a baked routing.
         bits: width that was emitted; the program runs in the kernels' own arithmetic at it.
-        engine: `CPU`, `SPLIT`, `TVM` or `CUDA`.
+        engine: `CPU`, `SPLIT`, `TVM`, `TVM_CUDA` or `CUDA`.
 
     Raises:
         CarveError: the results differ, or the prompts do not exercise the router.

@@ -172,18 +172,24 @@ def _tvm(
 ) -> tuple[str, str, bool, dict[str, Any]]:
     from carve import parity
     from carve.emit.tvm.cpu import HOST, Cpu
+    from carve.emit.tvm.cuda.device import Gpu
     from carve.emit.tvm.emit import emit_tvm
     from carve.emit.tvm.names import folder_of, processor
 
-    cpu, folder = processor(name), folder_of(name)
+    device, folder = processor(name), folder_of(name)
     (stage / folder).mkdir(parents=True)
-    emitted = emit_tvm(program, stage / folder, bits, name, cpu)
-    metrics: dict[str, Any] = {"cpu": cpu.name, "parity": None}
-    if cpu.runs_on(Cpu.named(HOST)):
-        found = parity.check_parity(program, emitted.path, prompts, bits, parity.TVM)
+    emitted = emit_tvm(program, stage / folder, bits, name, device)
+    metrics: dict[str, Any] = {"cpu": device.name, "parity": None}
+    if isinstance(device, Gpu):
+        here, engine = device.runs_here(), parity.TVM_CUDA
+    else:
+        here, engine = device.runs_on(Cpu.named(HOST)), parity.TVM
+    if here:
+        found = parity.check_parity(program, emitted.path, prompts, bits, engine)
         metrics["parity"] = asdict(found)
     else:
-        log.warning("%s does not run on this machine: its results are not compared", name)
+        metrics["state"] = "compiled, not run"
+        log.warning("%s is compiled, not run: nothing here can run it", name)
     return folder, emitted.path.name, True, metrics
 
 

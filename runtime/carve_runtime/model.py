@@ -168,8 +168,8 @@ def _usable(target: str) -> bool:
 def _load_tvm(root: Path, manifest: Manifest, model: str, threads: int | None) -> TvmEngine:
     index = read_tvm_index(root, manifest.files, model)
     # A library is code: its content is compared whatever the caller said of the others.
-    listed = index.library.relative_to(root).as_posix()
-    check_files(root, replace(manifest, files={listed: manifest.files[listed]}), verify=True)
+    listed = [p.relative_to(root).as_posix() for p in index.codes]
+    check_files(root, replace(manifest, files={n: manifest.files[n] for n in listed}), verify=True)
     return TvmEngine(index, threads)
 
 

@@ -19,6 +19,7 @@ from carve_runtime.gates import SHIFT
 from carve_runtime.manifest import ModelInfo
 from carve_runtime.tensors import map_tensors
 from carve_runtime.tvm_index import DTYPES, TvmIndex
+from carve_runtime.tvm_memory import compiled, memory_of
 
 
 class TvmEngine:
@@ -40,7 +41,9 @@ class TvmEngine:
         if SHIFT in self.inputs:
             self.optional[SHIFT] = self.inputs.pop(SHIFT)
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._library = tvm.Library(index.library)
+        self.memory = memory_of(index.gpu)
+        with compiled(index.gpu):
+            self._library = tvm.Library(index.library, self.memory.devices)
         arrays = map_tensors(index.tensors)
         named = {n for names in index.functions.values() for n in names}
         lost = [n for n in sorted(named) if n not in arrays or not tvm.is_aligned(arrays[n])]
@@ -50,7 +53,7 @@ class TvmEngine:
                 f"{index.tensors} has no {lost[0]!r:.60}, or where kernels cannot read it",
                 "compile the model again with carve",
             )
-        made = {n: tvm.tensor(arrays[n]) for n in sorted(named)}
+        made = {n: self.memory.tensor(arrays[n]) for n in sorted(named)}
         self._weights = {f: [made[n] for n in names] for f, names in index.functions.items()}
         self._functions = {f: self._library.function(f) for f in index.functions}
         self._lock = threading.Lock()
@@ -66,7 +69,7 @@ class TvmEngine:
         return self._weights[function]
 
     def call(self, function: str, arguments: Sequence[Any]) -> Any:
-        """Run a function.
+        """Run a function; the memory of all but ``decode`` is given back.
 
         Raises:
             CarveRuntimeError: ``run`` when TVM fails.
@@ -74,7 +77,10 @@ class TvmEngine:
         with self._lock:
             tvm.use_threads(self._threads)
             try:
-                return self._functions[function](*arguments)
+                found = self._functions[function](*arguments)
+                if function != "decode":  # the sizes of one token are always the same
+                    tvm.give_back()
+                return found
             except Exception as error:  # its exceptions have no common base
                 raise CarveRuntimeError(
                     "run",
@@ -92,8 +98,8 @@ class TvmEngine:
         check_feeds(self, {n: a for n, a in feeds.items() if n not in self.optional})
         arrays = {n: self._fitting(n, feeds[n]) for n in self.inputs}
         if "main" in self._functions:
-            found = self.call("main", [*map(tvm.tensor, arrays.values()), *self.weights("main")])
-            return [tvm.array_of(v).copy() for v in found]
+            given = [*map(self.memory.tensor, arrays.values()), *self.weights("main")]
+            return [self.memory.array_of(v).copy() for v in self.call("main", given)]
         rows = [self._sequence(arrays, b, shift) for b in range(len(arrays["input_ids"]))]
         return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
 
@@ -125,15 +131,23 @@ class TvmEngine:
             caches.append(cache)
         position = arrays.get("position_ids")
         places = np.arange(old, old + length)[None] if position is None else position[row][None]
-        given = [_int64(ids), _int64(places), tvm.shape(length)]
+        given = [self.int64(ids), self.int64(places), tvm.shape(length)]
         if self.optional:
             bars = tvm.aligned(self._shift_shape, np.float32)
             bars[...] = 0 if shift is None else shift
-            given.append(tvm.tensor(bars))
-        given += [*map(tvm.tensor, caches), *self.weights("prefill")]
-        found = self.call("prefill", given)
-        told = [tvm.array_of(v).copy() for v in found[len(caches) + 1 :]]
-        return [tvm.array_of(found[0]).copy(), *caches, *told]
+            given.append(self.memory.tensor(bars))
+        tensors = [self.memory.tensor(c) for c in caches]
+        found = self.call("prefill", [*given, *tensors, *self.weights("prefill")])
+        logits, *told = (
+            self.memory.array_of(v).copy() for v in (found[0], *found[len(caches) + 1 :])
+        )
+        return [logits, *map(self.memory.array_of, tensors), *told]
+
+    def int64(self, array: NDArray[Any]) -> Any:
+        """A tensor of token ids or positions."""
+        copy = tvm.aligned(array.shape, np.int64)
+        copy[...] = array
+        return self.memory.tensor(copy)
 
     @property
     def _shift_shape(self) -> tuple[int, ...]:
@@ -141,12 +155,6 @@ class TvmEngine:
 
     def close(self) -> None:
         """Nothing to do: memory goes with the library."""
-
-
-def _int64(array: NDArray[Any]) -> Any:
-    copy = tvm.aligned(array.shape, np.int64)
-    copy[...] = array
-    return tvm.tensor(copy)
 
 
 class TvmSession(Session):
@@ -157,47 +165,54 @@ class TvmSession(Session):
     def _open(self) -> None:
         info: ModelInfo = self._info
         self._count = len(cache_names(info))
+        memory = self._engine.memory
         self._one = [tvm.aligned((1, 1), np.int64) for _ in range(2)]
-        self._decode_head = [tvm.tensor(a) for a in self._one]
+        self._decode_head = [memory.tensor(a) for a in self._one]
         self._shift_array = tvm.aligned((len(info.gates),), np.float32)
-        self._shift = [tvm.tensor(self._shift_array)] if info.gates else []
+        self._shift = [memory.tensor(self._shift_array)] if info.gates else []
         self._decode_weights = self._engine.weights("decode")
         self._prefill_weights = self._engine.weights("prefill")
-        self._caches: list[NDArray[np.float32]] = []
+        self._tensors: list[Any] = []
         self._grow(0)
 
     def _advance(self, tokens: NDArray[np.int64], total: int, rows: int) -> NDArray[np.float32]:
+        memory = self._engine.memory
         if total > self._capacity:
             self._grow(total)
         if self._shift:
             self._shift_array[...] = self._gates.feeds().get(SHIFT, 0)
+            memory.write(self._shift[0], self._shift_array)
         if tokens.size == 1:
             self._one[0][0, 0], self._one[1][0, 0] = tokens[0], total - 1
+            for there, here in zip(self._decode_head, self._one, strict=True):
+                memory.write(there, here)
             found = self._engine.call("decode", self._decode_arguments)
         else:
             places = np.arange(self._length, total, dtype=np.int64)
-            head = [_int64(tokens[None]), _int64(places[None]), tvm.shape(rows)]
+            ids = (tokens[None], places[None])
+            head = [*map(self._engine.int64, ids), tvm.shape(rows)]
             given = [*head, *self._shift, *self._tensors, *self._prefill_weights]
             found = self._engine.call("prefill", given)
         if self._watch:
-            scores, bars = (tvm.array_of(found[self._count + i]) for i in (1, 2))
+            scores, bars = (memory.array_of(found[self._count + i]) for i in (1, 2))
             self._gates.seen(scores, bars)
-        last: NDArray[np.float32] = tvm.array_of(found[0])[0]
+        last: NDArray[np.float32] = memory.array_of(found[0])[0]
         return last
 
     def _grow(self, total: int) -> None:
         """Make room for ``total`` tokens; every doubling copies what is valid once."""
-        info = self._info
+        info, memory = self._info, self._engine.memory
         self._capacity = self._room(total)
         size = (1, info.num_key_value_heads, self._capacity, info.head_dim)
         new = []
         for i in range(self._count):
             cache = tvm.aligned(size, np.float32)
-            if self._caches:
-                cache[:, :, : self._length] = self._caches[i][:, :, : self._length]
-            new.append(cache)
-        self._caches = new
-        self._tensors = [tvm.tensor(c) for c in new]
+            if self._tensors:
+                cache[:, :, : self._length] = memory.array_of(self._tensors[i])[
+                    :, :, : self._length
+                ]
+            new.append(memory.tensor(cache))
+        self._tensors = new
         self._decode_arguments = [
             *self._decode_head,
             *self._shift,

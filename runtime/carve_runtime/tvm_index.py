@@ -25,11 +25,20 @@ _MOST = 100_000
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """Machine code for NVIDIA GPUs of a compute capability and newer."""
+
+    capability: tuple[int, int]
+    code: Path
+
+
+@dataclass(frozen=True, slots=True)
 class TvmIndex:
     """The typed content of ``index.json``.
 
     ``functions``: by name, the tensors that a function takes after its inputs; ``flags``: what the
-    processor has to be able to do, as Linux names it.
+    processor has to be able to do, as Linux names it; ``gpu``: None where it does
+    all itself.
     """
 
     target: str
@@ -40,6 +49,12 @@ class TvmIndex:
     functions: Mapping[str, tuple[str, ...]]
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
+    gpu: Gpu | None = None
+
+    @property
+    def codes(self) -> tuple[Path, ...]:
+        """The files that are run."""
+        return (self.library,) if self.gpu is None else (self.library, self.gpu.code)
 
 
 def _bad(what: str) -> ArtifactError:
@@ -89,7 +104,7 @@ def read_tvm_index(root: Path, files: Collection[str], path: str) -> TvmIndex:
         raise _bad(f"its schema is not {SCHEMA}")
     folder = path.rpartition("/")[0]
 
-    def inside(key: str) -> Path:
+    def inside(key: str, raw: Mapping[str, Any] = raw) -> Path:
         name = raw.get(key)
         if not isinstance(name, str):
             raise _bad(f"{key!r} must be a name")
@@ -101,6 +116,15 @@ def read_tvm_index(root: Path, files: Collection[str], path: str) -> TvmIndex:
     functions = raw.get("functions")
     if not isinstance(functions, dict):
         raise _bad("'functions' must be an object")
+    gpu = None
+    if "device" in raw:
+        device = raw["device"]
+        if not isinstance(device, dict) or device.get("kind") != "cuda":
+            raise _bad("'device' is of no known kind")
+        least = device.get("capability")
+        if not isinstance(least, list) or len(least) != 2 or any(type(v) is not int for v in least):
+            raise _bad("'capability' must be two numbers")
+        gpu = Gpu((least[0], least[1]), inside("code", device))
     target, machine = raw.get("target"), raw.get("machine")
     if not isinstance(target, str) or not isinstance(machine, str):
         raise _bad("'target' and 'machine' must be names")
@@ -113,4 +137,5 @@ def read_tvm_index(root: Path, files: Collection[str], path: str) -> TvmIndex:
         functions={str(k): _strings(v, f"the tensors of {k!r:.40}") for k, v in functions.items()},
         inputs=_ports(raw.get("inputs"), "'inputs'"),
         outputs=_ports(raw.get("outputs"), "'outputs'"),
+        gpu=gpu,
     )

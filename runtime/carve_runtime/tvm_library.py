@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from carve_runtime.errors import ArtifactError
 
 ALIGNMENT = 64
-_CPU, _POOLED = 1, 2
+_POOLED = 2
 _LOCK = threading.Lock()
 _LOADED: list[Any] = []
 _THREADS = threading.local()
@@ -46,9 +46,9 @@ def _load() -> Any:
         import tvm_ffi  # type: ignore[import-not-found, unused-ignore]
         from tvm_ffi.libinfo import load_lib_ctypes  # type: ignore[import-not-found, unused-ignore]
 
-        folder = _folder() / "lib"
+        libraries = folder() / "lib"
         if "tvm" not in sys.modules:  # the compiler brings the same library
-            load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
+            load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[libraries])
     except (ImportError, OSError, RuntimeError) as error:
         raise ArtifactError(
             "target", f"TVM's runtime cannot be loaded: {error}", "pip install 'carve-runtime[tvm]'"
@@ -59,7 +59,7 @@ def _load() -> Any:
     return tvm_ffi
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """Where TVM is installed; importing it would load the compiler."""
     found = importlib.util.find_spec("tvm")
     if found is None or not found.submodule_search_locations:
@@ -96,15 +96,20 @@ def array_of(value: Any) -> NDArray[Any]:
 class Library:
     """A compiled library, which is code: the caller has checked its hash.
 
+    Args:
+        path: of the library.
+        devices: kinds and numbers of what it runs on, the host last.
+
     Raises:
         ArtifactError: ``model`` when it cannot be loaded.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, devices: Sequence[tuple[int, int]]) -> None:
         ffi = runtime()
         try:
             self._machine = ffi.load_module(str(path))["vm_load_executable"]()
-            self._machine["vm_initialization"](_CPU, 0, _POOLED)
+            told = [v for kind, number in devices for v in (kind, number, _POOLED)]
+            self._machine["vm_initialization"](*told)
         except Exception as error:  # its exceptions have no common base
             raise ArtifactError(
                 "model",
@@ -134,3 +139,11 @@ def use_threads(count: int) -> None:
     if getattr(_THREADS, "count", None) != count:
         runtime().get_global_func("runtime.config_threadpool")(1, count)
         _THREADS.count = count
+
+
+def give_back() -> None:
+    """Free what TVM keeps for the next time; what a tensor still holds stays.
+
+    It keeps every size that it has seen, and each length of a prompt has sizes of its own.
+    """
+    runtime().get_global_func("vm.builtin.memory_manager.clear")()

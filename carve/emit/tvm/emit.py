@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import tvm
 from carve_runtime.gates import BARS, SCORES, SHIFT
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
+from tvm.relax.backend.cuda import pipeline as cuda_generic
 
 from carve.artifact import write_json
 from carve.emit.tvm.cpu import Cpu
+from carve.emit.tvm.cuda.device import Gpu, compile_source
 from carve.emit.tvm.functions import translate
 from carve.emit.tvm.kernels import PIPELINE
 from carve.emit.tvm.names import compiler
@@ -26,6 +29,7 @@ from carve.program import Program
 
 log = logging.getLogger(__name__)
 INDEX, LIBRARY, TENSORS = "index.json", "model.so", "model.safetensors"
+SOURCE, CODE = "kernels.cu", "kernels.fatbin"
 SCHEMA = 1
 _TYPES = {
     "torch.float32": "tensor(float)",
@@ -43,7 +47,7 @@ class TvmEmitted:
     kernels: int
 
 
-def emit_tvm(program: Program, folder: Path, bits: int, target: str, cpu: Cpu) -> TvmEmitted:
+def emit_tvm(program: Program, folder: Path, bits: int, target: str, cpu: Cpu | Gpu) -> TvmEmitted:
     """Compile a program into ``folder``.
 
     Args:
@@ -64,7 +68,10 @@ def emit_tvm(program: Program, folder: Path, bits: int, target: str, cpu: Cpu) -
     library = _compile(mod, cpu, gated=bool(program.gated))
     library.export_library(str(folder / LIBRARY), fcompile=_linked_by(linker))
     params.write(folder / TENSORS)
-    write_json(folder / INDEX, _index(program, params, target, cpu))
+    index = _index(program, params, target, cpu)
+    if isinstance(cpu, Gpu):
+        index["device"] = _kernels(library, folder, cpu)
+    write_json(folder / INDEX, index)
     return TvmEmitted(folder / INDEX, bits, len(mod.functions))
 
 
@@ -73,21 +80,45 @@ def _plans(p: Any) -> bool:
     return bool(p.info.name == "StaticPlanBlockMemory")
 
 
-def _compile(mod: tvm.IRModule, cpu: Cpu, *, gated: bool) -> Any:
+def _kernels(library: Any, folder: Path, gpu: Gpu) -> dict[str, Any]:
+    """Compile the library's GPU kernels, which it holds as source; the index's record of them."""
+    source = next(s for s in map(_source, _modules(library.mod)) if s is not None)
+    (folder / SOURCE).write_text(source, encoding="utf-8")
+    (folder / CODE).write_bytes(compile_source(source, gpu.arch))
+    return {"kind": "cuda", "capability": list(gpu.capability), "code": CODE}
+
+
+def _modules(module: Any) -> Iterator[Any]:
+    yield module
+    for m in module.imports:
+        yield from _modules(m)
+
+
+def _source(module: Any) -> str | None:
+    return str(module.inspect_source()) if module.kind == "cuda" else None
+
+
+def _compile(mod: tvm.IRModule, cpu: Cpu | Gpu, *, gated: bool) -> Any:
+    target, generic = cpu.target(), cuda_generic if isinstance(cpu, Gpu) else cpu_generic
+    legalize = generic.legalize_passes(target)
+    if isinstance(cpu, Gpu):
+        # Once it is scheduled for threads, a reshape is no longer known as what moves nothing.
+        legalize.insert(1, relax.transform.RewriteDataflowReshape())
     passes = [
         relax.transform.ConvertToDataflow(1),
         relax.transform.DeadCodeElimination(),
-        *cpu_generic.legalize_passes(cpu.target()),
-        *cpu_generic.dataflow_lower_passes(cpu.target()),
-        *(p for p in cpu_generic.finalize_passes(cpu.target()) if not gated or not _plans(p)),
+        *legalize,
+        *generic.dataflow_lower_passes(target),
+        *(p for p in generic.finalize_passes(target) if not gated or not _plans(p)),
     ]
     try:
-        return tvm.compile(
-            mod,
-            target=cpu.target(),
-            relax_pipeline=tvm.transform.Sequential(passes),
-            tir_pipeline=PIPELINE,
-        )
+        with target:
+            return tvm.compile(
+                mod,
+                target=target,
+                relax_pipeline=tvm.transform.Sequential(passes),
+                tir_pipeline=PIPELINE,
+            )
     except Exception as e:  # its exceptions have no common base
         raise CarveError("emit", f"TVM could not compile the program: {str(e)[-400:]}") from e
 
@@ -98,7 +129,7 @@ def _linked_by(linker: str) -> Any:
     return cc.cross_compiler(linker)
 
 
-def _index(program: Program, params: Parameters, target: str, cpu: Cpu) -> dict[str, Any]:
+def _index(program: Program, params: Parameters, target: str, cpu: Cpu | Gpu) -> dict[str, Any]:
     def port(name: str, dtype: str, shape: list[int | None]) -> dict[str, Any]:
         return {"name": name, "dtype": dtype, "shape": shape}
 

@@ -9,6 +9,8 @@ from tvm import relax, tirx
 
 from carve.arithmetic import Precision
 from carve.emit.tvm.cpu import Cpu
+from carve.emit.tvm.cuda.device import Gpu
+from carve.emit.tvm.cuda.products import GpuProducts
 from carve.emit.tvm.gating import Gating
 from carve.emit.tvm.params import Parameters
 from carve.emit.tvm.products import Products
@@ -17,7 +19,7 @@ from carve.emit.tvm.translate import Translator
 from carve.program import Program
 
 
-def translate(program: Program, bits: int, cpu: Cpu) -> tuple[tvm.IRModule, Parameters]:
+def translate(program: Program, bits: int, cpu: Cpu | Gpu) -> tuple[tvm.IRModule, Parameters]:
     """The program's functions and the tensors that they take.
 
     A decoder has ``decode`` for one token and ``prefill`` for several, both over one sequence:
@@ -26,7 +28,12 @@ def translate(program: Program, bits: int, cpu: Cpu) -> tuple[tvm.IRModule, Para
     ``main``.
     """
     params, bb, precision = Parameters(), relax.BlockBuilder(), Precision(program, bits)
-    reading, products = Reading(program, precision), Products(bb, params, cpu, precision)
+    reading = Reading(program, precision)
+    products: Products
+    if isinstance(cpu, Gpu):
+        products = GpuProducts(bb, params, cpu, precision)
+    else:
+        products = Products(bb, params, cpu, precision)
     if program.kind == "decoder":
         _decoder(reading, products, "decode", 1)
         _decoder(reading, products, "prefill", tirx.Var("length", "int64"))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from tvm import relax, te, tirx
 from tvm.relax import op
 
-from carve.emit.tvm import sequence
 from carve.emit.tvm.patterns import Node
 from carve.emit.tvm.products import same_size
 from carve.errors import CarveError
@@ -155,7 +154,7 @@ class Gating:
 
     def _rows(self, score: relax.Expr, bar: relax.Expr) -> tuple[relax.Expr, relax.Expr]:
         """The tokens that run, in order at the front of ``[S]``, and how many they are, ``[1]``."""
-        gv = self.t.products.kernel("running", "running", sequence.running)
+        gv = self.t.products.kernel("running", "running", self.t.products.sequence.running)
         made = self.t.emit(
             op.call_tir(
                 gv,
@@ -172,8 +171,10 @@ class Gating:
         """``base`` with rows put in place."""
         width = int(rows.ty.shape[2])
 
-        cpu = self.t.products.cpu
-        gv = self.t.products.kernel(("put", width), "put", lambda: sequence.put(width, cpu))
+        products = self.t.products
+        gv = products.kernel(
+            ("put", width), "put", lambda: products.sequence.put(width, products.cpu)
+        )
         return self.t.emit(op.call_tir_inplace(gv, relax.Tuple([rows, which, base]), [2], base.ty))
 
     def _bridge(self, x: relax.Expr, block: Block) -> relax.Expr:

@@ -8,7 +8,6 @@ from typing import Any
 from tvm import relax
 from tvm.relax import op
 
-from carve.emit.tvm import sequence
 from carve.emit.tvm.products import Products
 
 
@@ -20,6 +19,7 @@ class Layers:
 
     def __init__(self, products: Products) -> None:
         self.products, self.bb, self.cpu = products, products.bb, products.cpu
+        self.sequence = products.sequence
 
     def _call(self, gv: Any, given: Sequence[relax.Expr], out: Any) -> relax.Expr:
         return self.bb.emit(op.call_tir(gv, relax.Tuple(list(given)), out_ty=out))
@@ -47,7 +47,9 @@ class Layers:
     def _norm_kernel(self, x: relax.Expr, epsilon: float, kind: str, *, summed: bool) -> Any:
         width = int(x.ty.shape[-1])
         form = (width, epsilon, kind, summed)
-        return self.products.kernel(("norm", *form), "norm", lambda: sequence.norm(*form, self.cpu))
+        return self.products.kernel(
+            ("norm", *form), "norm", lambda: self.sequence.norm(*form, self.cpu)
+        )
 
     def sum_norm(
         self,
@@ -76,7 +78,7 @@ class Layers:
         gv = self.products.kernel(
             ("rotate", heads, width, turned),
             "rotate",
-            lambda: sequence.rotate(heads, width, turned, self.cpu),
+            lambda: self.sequence.rotate(heads, width, turned, self.cpu),
         )
         rows = self._rows(x)
         y = self._call(gv, [rows, self._rows(cos), self._rows(sin)], rows.ty)
@@ -97,7 +99,7 @@ class Layers:
         heads = int(packed.ty.shape[2]) // width - 2 * groups
         form = (heads, groups, width, turned)
         gv = self.products.kernel(
-            ("enter", *form), "enter", lambda: sequence.enter(*form, self.cpu)
+            ("enter", *form), "enter", lambda: self.sequence.enter(*form, self.cpu)
         )
         length = packed.ty.shape[1]
         given = [self._rows(v) for v in (packed, cos, sin, position)]
@@ -112,7 +114,7 @@ class Layers:
         """The cache with new keys or values, written in place."""
         heads, width = (int(n) for n in list(new.ty.shape)[2:])
         gv = self.products.kernel(
-            ("append", heads, width), "append", lambda: sequence.append(heads, width, self.cpu)
+            ("append", heads, width), "append", lambda: self.sequence.append(heads, width, self.cpu)
         )
         given = relax.Tuple([self._rows(new), self._rows(position), cache])
         return self.bb.emit(op.call_tir_inplace(gv, given, [2], cache.ty))
@@ -131,7 +133,7 @@ class Layers:
         heads, width = (int(n) for n in list(q.ty.shape)[2:])
         form = (heads, int(key.ty.shape[1]), width, scale, window, softcap)
         gv = self.products.kernel(
-            ("attend", *form), "attend", lambda: sequence.attend(*form, self.cpu)
+            ("attend", *form), "attend", lambda: self.sequence.attend(*form, self.cpu)
         )
         rows = self._rows(q)
         y = self._call(gv, [rows, self._rows(position), key, value], rows.ty)

@@ -9,6 +9,8 @@ import shutil
 
 from carve.emit.tvm.cpu import HOST, Cpu
 from carve.emit.tvm.cpu import names as processors
+from carve.emit.tvm.cuda.device import Gpu, nvcc
+from carve.emit.tvm.cuda.device import names as gpus
 from carve.errors import UserError
 
 PREFIX = "tvm:"
@@ -19,24 +21,20 @@ _LEVELS = {"x86_64-v2": "x86_64", "x86_64-v3": "x86_64-avx2", "x86_64-v4": "x86_
 
 def target_names() -> list[str]:
     """What can follow ``--target``, but for onnxruntime's."""
-    return [f"{PREFIX}{n}" for n in dict.fromkeys([*processors(), *_LEVELS])]
+    return [f"{PREFIX}{n}" for n in dict.fromkeys([*processors(), *_LEVELS, *gpus()])]
 
 
-def processor(target: str) -> Cpu:
-    """The processor of a target's name; ``tvm:x86_64`` is this machine's own where it is an x86.
+def processor(target: str) -> Cpu | Gpu:
+    """What a target's name stands for; ``tvm:x86_64`` is this machine's own where it is an x86.
 
     Raises:
-        UserError: no such processor.
+        UserError: no such processor or GPU.
     """
     from carve_runtime.processor import machine
 
     name = target.removeprefix(PREFIX)
-    if name == "cuda":
-        raise UserError(
-            "target",
-            "tvm:cuda is not there yet: carve's kernels are written for processors",
-            "use onnxruntime, or tvm:x86_64",
-        )
+    if name.startswith("cuda"):
+        return Gpu.named(name)
     if name == "x86_64" and machine() == name:
         name = HOST
     try:
@@ -52,7 +50,7 @@ def folder_of(target: str) -> str:
     return f"tvm/{target.removeprefix(PREFIX)}"
 
 
-def compiler(cpu: Cpu) -> str:
+def compiler(cpu: Cpu | Gpu) -> str:
     """The C compiler that links a library for ``cpu``.
 
     Raises:
@@ -78,7 +76,10 @@ def check_ready(target: str) -> None:
     Raises:
         UserError: an unknown processor, no compiler, or no TVM.
     """
-    compiler(processor(target))
+    found = processor(target)
+    compiler(found)
+    if isinstance(found, Gpu):
+        nvcc()
     for package, name, version in (("apache-tvm", "tvm", TVM), ("apache-tvm-ffi", "tvm_ffi", FFI)):
         if importlib.util.find_spec(name) is None:
             raise UserError("target", f"{target} needs {package}", "pip install 'carve[tvm]'")

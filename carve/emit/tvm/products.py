@@ -12,12 +12,12 @@ from tvm.relax import op
 
 from carve.arithmetic import Precision
 from carve.emit.pack import pack
-from carve.emit.tvm.cpu import Cpu
-from carve.emit.tvm.kernels import Format, LinearSpec, linear
+from carve.emit.tvm import sequence
+from carve.emit.tvm.kernels import Format, LinearSpec, RoutedSpec, linear, routed_ffn
 from carve.emit.tvm.kernels.activations import activate
-from carve.emit.tvm.kernels.layout import Array, linear_layout
+from carve.emit.tvm.kernels.layout import Array, linear_layout, routed_arrays
 from carve.emit.tvm.params import Parameters
-from carve.emit.tvm.weights import Matrix, Packed, pack_linear, widen
+from carve.emit.tvm.weights import Matrix, Packed, pack_linear, pack_routed, widen
 from carve.grid import Grid
 
 OPAQUE = 8
@@ -84,18 +84,22 @@ class Products:
         params: takes the packed weights.
         cpu: what is compiled for.
         precision: the weights' grids.
+
+    ``sequence`` has the kernels along the sequence.
     """
 
     def __init__(
-        self, bb: relax.BlockBuilder, params: Parameters, cpu: Cpu, precision: Precision
+        self, bb: relax.BlockBuilder, params: Parameters, cpu: Any, precision: Precision
     ) -> None:
         self.bb, self.params, self.cpu, self.precision = bb, params, cpu, precision
+        self.sequence: Any = sequence
         self._kernels: dict[Any, Any] = {}
 
     def kernel(self, key: Any, name: str, make: Callable[[], Any]) -> Any:
         """A kernel in the module, made once for every key."""
         if key not in self._kernels:
             made = make().without_attr("global_symbol").with_attr("op_pattern", OPAQUE)
+            made = made.with_attr("tirx.is_scheduled", True)
             self._kernels[key] = self.bb.add_func(made, name)
         return self._kernels[key]
 
@@ -136,35 +140,71 @@ class Products:
         form = widest(grids)
         rows, width = sum(len(w) for w in weights), int(weights[0].shape[1])
         spec = LinearSpec(rows, width, form, bias is not None)
-        gv = self.kernel(spec, "linear", lambda: linear(spec, self.cpu))
+        gv = self.kernel(spec, "linear", lambda: self.linear_kernel(spec))
 
         def packed() -> Packed:
             b = None if bias is None else bias.float().numpy()
-            return pack_linear(spec, self.cpu, matrix(weights, grids, form), b)
+            return self.pack_linear(spec, matrix(weights, grids, form), b)
 
-        given = self.arrays(name, list(linear_layout(spec, self.cpu).arrays()), packed)
-        return self.on_rows(gv, x, [], given, rows)
+        given = self.arrays(name, self.linear_arrays(spec), packed)
+        return self.on_rows(gv, x, given, rows)
+
+    def linear_kernel(self, spec: LinearSpec) -> Any:
+        """The PrimFunc of a product."""
+        return linear(spec, self.cpu)
+
+    def linear_arrays(self, spec: LinearSpec) -> list[Array]:
+        """The packed arrays that it takes."""
+        return list(linear_layout(spec, self.cpu).arrays())
+
+    def pack_linear(self, spec: LinearSpec, weight: Matrix, bias: np.ndarray | None) -> Packed:
+        """Those arrays' content."""
+        return pack_linear(spec, self.cpu, weight, bias)
+
+    def routed(
+        self,
+        spec: RoutedSpec,
+        x: relax.Expr,
+        scores: relax.Expr,
+        name: str,
+        pack: Callable[[], dict[str, Any]],
+    ) -> relax.Expr:
+        """A routed FFN of ``x`` ``[..., d]``.
+
+        Args:
+            spec: what to compute.
+            x: the input.
+            scores: ``[n, E]``.
+            name: of the FFN, for its arrays.
+            pack: gives the keyword arguments of `carve.emit.tvm.weights.pack_routed`.
+        """
+        gv = self.kernel(spec, "routed_ffn", lambda: routed_ffn(spec, self.cpu))
+        arrays = routed_arrays(spec, self.cpu)
+        given = self.arrays(name, arrays, lambda: pack_routed(spec, self.cpu, **pack()))
+        return self.on_rows(gv, x, [scores, *given], spec.out)
 
     def on_rows(
         self,
         gv: Any,
         x: relax.Expr,
-        more: Sequence[relax.Expr],
         given: Sequence[relax.Expr],
         out: int,
     ) -> relax.Expr:
         """Call a kernel on ``x`` ``[..., K]`` as rows; ``[..., out]``."""
-        shape = list(x.ty.shape)
         flat = self.flat(x)
-        count = flat.ty.shape[0]
-        y = self.bb.emit(
-            op.call_tir(
-                gv,
-                relax.Tuple([flat, *more, *given]),
-                out_ty=relax.TensorType([count, out], "float32"),
-            )
-        )
-        return y if len(shape) == 2 else self.bb.emit(op.reshape(y, [*shape[:-1], out]))
+        return self.shaped(self.call(gv, [flat, *given], flat.ty.shape[0], out), x)
+
+    def call(self, gv: Any, given: Sequence[relax.Expr], rows: Any, out: int) -> relax.Expr:
+        """Call a kernel that gives fp32 ``[rows, out]``."""
+        kind = relax.TensorType([rows, out], "float32")
+        return self.bb.emit(op.call_tir(gv, relax.Tuple(list(given)), out_ty=kind))
+
+    def shaped(self, rows: relax.Expr, x: relax.Expr) -> relax.Expr:
+        """Rows as `flat` made them of ``x``, with the axes of ``x`` again."""
+        shape = list(x.ty.shape)
+        if len(shape) == 2:
+            return rows
+        return self.bb.emit(op.reshape(rows, [*shape[:-1], rows.ty.shape[1]]))
 
     def flat(self, x: relax.Expr) -> relax.Expr:
         """``[..., K]`` as rows ``[n, K]``."""

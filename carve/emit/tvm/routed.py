@@ -9,10 +9,9 @@ from torch import Tensor
 from tvm import relax
 from tvm.relax import op
 
-from carve.emit.tvm.kernels import Format, RoutedSpec, routed_ffn
-from carve.emit.tvm.kernels.layout import routed_arrays
+from carve.emit.tvm.kernels import Format, RoutedSpec
 from carve.emit.tvm.products import Products, matrix, widest
-from carve.emit.tvm.weights import Matrix, Packed, pack_routed
+from carve.emit.tvm.weights import Matrix
 from carve.ffn import RoutedFFN
 from carve.grid import Grid
 
@@ -61,16 +60,14 @@ def routed(products: Products, x: relax.Expr, name: str, r: RoutedFFN) -> relax.
         "expert_down": spec.expert_down,
     }
 
-    def pack() -> Packed:
+    def pack() -> dict[str, Any]:
         given: dict[str, Any] = {m: _matrix(getattr(r, m), grids[m], forms[m]) for m in _MATRICES}
         for b in _BIASES:
             bias = getattr(r, b)
             given[b] = None if bias is None else bias.float().numpy()
-        return pack_routed(spec, products.cpu, **given)
+        return given
 
-    gv = products.kernel(spec, "routed_ffn", lambda: routed_ffn(spec, products.cpu))
-    arrays = products.arrays(name, routed_arrays(spec, products.cpu), pack)
-    return products.on_rows(gv, x, [_scores(products, x, name, r)], arrays, spec.out)
+    return products.routed(spec, x, _scores(products, x, name, r), name, pack)
 
 
 def _scores(products: Products, x: relax.Expr, name: str, r: RoutedFFN) -> relax.Expr:

@@ -23,7 +23,7 @@ _BLOCK = 16
 """Keys whose scores are turned into weights at once."""
 _SMALL = 1 << 15
 """Products below which a second thread costs more than it saves."""
-_LEAST = -1e30
+LEAST = -1e30
 
 
 def _int(value: int) -> Expr:
@@ -39,7 +39,7 @@ def _wide(width: int, cpu: Cpu) -> int:
 
 
 @contextmanager
-def _function(name: str) -> Iterator[Callable[[], Any]]:
+def function(name: str) -> Iterator[Callable[[], Any]]:
     """A PrimFunc under construction; what it yields gives it once the block has ended."""
     ib = IRBuilder()
     with ib, T.prim_func():
@@ -81,7 +81,7 @@ def norm(width: int, epsilon: float, kind: str, summed: bool, cpu: Cpu) -> Any:
     + b``.
     """
     lanes = _wide(width, cpu)
-    with _function("norm") as made:
+    with function("norm") as made:
         rows = tirx.Var("n", "int64")
 
         def argument(name: str) -> Buffer:
@@ -142,7 +142,7 @@ def rotate(heads: int, width: int, turned: int, cpu: Cpu) -> Any:
 
     A PrimFunc ``(x [n, H, D], cos [n, turned], sin [n, turned], y [n, H, D])``.
     """
-    with _function("rotate") as made:
+    with function("rotate") as made:
         rows = tirx.Var("n", "int64")
         x = T.arg("x", T.buffer((rows, heads, width), "float32"))
         cos = T.arg("cos", T.buffer((rows, turned), "float32"))
@@ -193,7 +193,7 @@ def enter(heads: int, groups: int, width: int, turned: int, cpu: Cpu) -> Any:
     key [1, KV, C, D], value [1, KV, C, D], q [n, H, D])``, the caches in place.
     """
     lanes = _wide(width, cpu)
-    with _function("enter") as made:
+    with function("enter") as made:
         rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
         x = T.arg("qkv", T.buffer((rows, (heads + 2 * groups) * width), "float32"))
         cos = T.arg("cos", T.buffer((rows, turned), "float32"))
@@ -236,7 +236,7 @@ def append(heads: int, width: int, cpu: Cpu) -> Any:
     A PrimFunc ``(new [n, KV, D], position [n], cache [1, KV, C, D])``.
     """
     lanes = _wide(width, cpu)
-    with _function("append") as made:
+    with function("append") as made:
         rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
         new = T.arg("new", T.buffer((rows, heads, width), "float32"))
         position = T.arg("position", T.buffer((rows,), "int64"))
@@ -264,7 +264,7 @@ def attend(
     """
     lanes, each = _wide(width, cpu), heads // groups
     steps = range(0, width, lanes)
-    with _function("attend") as made:
+    with function("attend") as made:
         rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
         q = T.arg("q", T.buffer((rows, heads, width), "float32"))
         position = T.arg("position", T.buffer((rows,), "int64"))
@@ -280,7 +280,7 @@ def attend(
             scores, acc = local(each * _BLOCK), local(each * width)
             top, total = local(each), local(each)
             for r in range(each):
-                T.buffer_store(top, tirx.const(_LEAST, "float32"), [r])
+                T.buffer_store(top, tirx.const(LEAST, "float32"), [r])
                 T.buffer_store(total, tirx.const(0.0, "float32"), [r])
             with T.serial(0, each * width // lanes) as j:
                 store(acc, j * lanes, splat(0.0, lanes), lanes)
@@ -288,7 +288,7 @@ def attend(
                 start = bind(first + b * _BLOCK)
                 count = bind(tirx.min(_int(_BLOCK), last + _int(1) - start))
                 for r in range(each):
-                    store(scores, r * _BLOCK, splat(_LEAST, _BLOCK), _BLOCK)
+                    store(scores, r * _BLOCK, splat(LEAST, _BLOCK), _BLOCK)
                 with T.serial(0, count) as j, T.serial(0, each) as r:
                     head = g * each + r
                     s = splat(0.0, lanes)
@@ -333,7 +333,7 @@ def running() -> Any:
 
     A PrimFunc ``(score [1, n, 1], bar [1, n, 1], which [n], count [1])``, the last two int64.
     """
-    with _function("running") as made:
+    with function("running") as made:
         rows = tirx.Var("n", "int64")
         score = T.arg("score", T.buffer((1, rows, 1), "float32"))
         bar = T.arg("bar", T.buffer((1, rows, 1), "float32"))
@@ -355,7 +355,7 @@ def put(width: int, cpu: Cpu) -> Any:
     A PrimFunc ``(rows [1, r, d], which [n], base [1, n, d])``.
     """
     lanes = _wide(width, cpu)
-    with _function("put") as made:
+    with function("put") as made:
         some, whole = tirx.Var("r", "int64"), tirx.Var("n", "int64")
         rows = T.arg("rows", T.buffer((1, some, width), "float32"))
         which = T.arg("which", T.buffer((whole,), "int64"))

@@ -1,0 +1,1 @@
+"""Kernels, functions and libraries for NVIDIA GPUs."""
