@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
+from carve_runtime.heap import heap_bytes
 from carve_runtime.tvm_engine import TvmEngine, TvmSession
 from carve_runtime.tvm_index import read_tvm_index
 from torch import Tensor, nn
@@ -121,9 +122,9 @@ def test_decoders(name: str, bits: int, gated: bool, captured: Get, tmp_path: Pa
     for first in (1, 30):
         one = session(engine, program)
         rows = [one.step(ids[0, :first].numpy())]
-        cache = one._caches[0]
+        cache = one._tensors[0]
         rows += [one.step([int(i)]) for i in ids[0, first:]]
-        assert one._caches[0] is cache
+        assert one._tensors[0] is cache
         got = torch.from_numpy(np.concatenate(rows))
         error = (got - want).norm(dim=1) / want.norm(dim=1)
         assert float(error.median()) < (1e-4 if bits == 16 else 2e-2)
@@ -207,7 +208,9 @@ def test_names() -> None:
     assert folder_of("tvm:x86_64-v3") == "tvm/x86_64-v3"
     assert processor("tvm:aarch64").triple.startswith("aarch64")
     assert {"onnx-cpu", "tvm:host", "tvm:aarch64"} <= set(target_names())
-    for name in ("tvm:i386", "tvm:cuda"):
+    assert processor("tvm:cuda").name == "cuda-sm_80"
+    assert processor("tvm:cuda-sm_90").name == "cuda-sm_90"
+    for name in ("tvm:i386", "tvm:cuda-sm_9"):
         with pytest.raises(UserError) as e:
             processor(name)
         assert e.value.code == "target"
@@ -221,6 +224,26 @@ def test_a_missing_compiler_is_refused_before_the_work(monkeypatch: pytest.Monke
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match="compiler"):
         check_ready("tvm:host")
+
+
+def test_prompts_of_every_length_leave_no_memory(captured: Get, tmp_path: Path) -> None:
+    program = tiny.route(captured("llama").program)
+    engine = emitted(program, tmp_path, 16)
+    ids = tiny.token_ids(1, 64)[0].numpy()
+
+    def prompt(length: int) -> None:
+        one = session(engine, program)
+        one.step(ids[:length], rows=1)
+        one.step(ids[:1])
+
+    prompt(63)
+    before = heap_bytes()
+    if not before:
+        pytest.skip("the C library does not tell what is allocated")
+    for length in range(16, 63):
+        prompt(length)
+    # Kept, they are about 150 KB.
+    assert heap_bytes() - before < 64 * 1024
 
 
 def test_tensors_start_where_vectors_may(tmp_path: Path) -> None:
