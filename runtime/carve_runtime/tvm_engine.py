@@ -80,13 +80,13 @@ class TvmEngine:
                 found = self._functions[function](*arguments)
                 if function != "decode":  # the sizes of one token are always the same
                     tvm.give_back()
-                return found
             except Exception as error:  # its exceptions have no common base
                 raise CarveRuntimeError(
                     "run",
                     f"TVM failed in the model: {error}",
                     "check that the artifact is whole, or compile it again with carve",
                 ) from error
+        return found
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Run with numpy inputs; returns every output in order.

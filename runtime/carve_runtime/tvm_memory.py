@@ -47,7 +47,7 @@ class Memory(Protocol):
 class HostMemory:
     """This process's: tensors and arrays share it."""
 
-    devices = ((_CPU, 0),)
+    devices: tuple[tuple[int, int], ...] = ((_CPU, 0),)
 
     def tensor(self, array: NDArray[Any]) -> Any:
         """See `Memory.tensor`; nothing is copied."""
@@ -71,7 +71,7 @@ class CudaMemory:
         ArtifactError: ``target`` where there is no GPU, or it is older than the code.
     """
 
-    devices = ((_CUDA, 0), (_CPU, 0))
+    devices: tuple[tuple[int, int], ...] = ((_CUDA, 0), (_CPU, 0))
 
     def __init__(self, capability: tuple[int, int]) -> None:
         _load()
