@@ -109,6 +109,15 @@ class CudaMemory:
             self._from(value, ctypes.c_void_p(array.ctypes.data), array.nbytes)
 
 
+def has_gpu(capability: tuple[int, int]) -> bool:
+    """Whether this machine has a GPU of a compute capability or a newer one, and TVM can use it."""
+    try:
+        CudaMemory(capability)
+    except ArtifactError:
+        return False
+    return True
+
+
 def memory_of(gpu: Gpu | None) -> Memory:
     """The memory of what a model was compiled for.
 
