@@ -182,11 +182,16 @@ class Precision:
         return self.rest(program) + sum(sum(self.experts(r)) for r in layers)
 
     def rule(
-        self, disturb: Callable[[Tensor], Tensor] = lambda x: x, *, int8: bool = True
+        self,
+        disturb: Callable[[Tensor], Tensor] = lambda x: x,
+        *,
+        int8: bool = True,
+        lookup: bool = True,
     ) -> LinearRule:
         """Products as the kernels compute them; ``disturb`` is applied to the activations.
 
-        Without ``int8`` kernels do not round the activations, which is so on CUDA.
+        Without ``int8`` kernels do not round the activations, which is so on CUDA; without
+        ``lookup`` those of 2 bits round them as all others do, which is so in TVM.
         """
 
         def apply(x: Tensor, weight: Tensor) -> Tensor:
@@ -195,7 +200,9 @@ class Precision:
             x = disturb(x.float())
             if grid is None:
                 return F.linear(x, weight.float())
-            return product(x, weight, grid, kernel if int8 else "float")
+            if not int8:
+                return product(x, weight, grid, "float")
+            return product(x, weight, grid, kernel if lookup else "int8")
 
         return apply
 

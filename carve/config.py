@@ -53,11 +53,11 @@ class ConvertConfig:
             time for; widths are chosen to fit.
         targets: what to emit: ``onnx-cpu``, one file; ``onnx-cuda``, one in half precision for GPUs
             (4, 8 or 16 bits; onnxruntime-gpu runs it); ``onnx-split``, experts one by one, which
-            fits devices smaller than the model, or several of them; ``tvm:`` and a processor, for
-            example ``tvm:x86_64``, a library that TVM's runtime alone loads; ``hf``, a ``glm4_moe``
-            checkpoint for transformers, vLLM and SGLang; ``hf-granite``, a ``granitemoeshared`` one
-            for llama.cpp. The last two hold less, so the passes fit a plainer form, and their
-            weights are not quantized: the engines do that.
+            fits devices smaller than the model, or several of them; ``tvm:`` and a processor or a
+            GPU, for example ``tvm:x86_64`` or ``tvm:cuda``, a library that TVM's runtime alone
+            loads; ``hf``, a ``glm4_moe`` checkpoint for transformers, vLLM and SGLang;
+            ``hf-granite``, a ``granitemoeshared`` one for llama.cpp. The last two hold less, so the
+            passes fit a plainer form, and their weights are not quantized: the engines do that.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens) or ``full`` (an end-to-end pass as well).
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are

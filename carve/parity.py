@@ -25,14 +25,21 @@ Run = Callable[[Path, Program, Sequence[tuple[Tensor, ...]]], list[list[Any]]]
 class Engine:
     """How a target computes: what its parity with the program is measured by.
 
-    ``run`` gives the model's results; ``int8``: kernels round activations to int8; ``step``: half a
-    unit in the last place of its activations, relative; ``bound`` of the median error at 16 bits.
+    ``run`` gives the model's results; ``int8`` and ``lookup``: see `Precision.rule`; ``step``: half
+    a unit in the last place of its activations, relative; ``bound`` of the median error at 16 bits.
     """
 
     run: Run
     int8: bool = True
+    lookup: bool = True
     step: float = 3e-7
     bound: float = 1e-4
+
+    def rule(
+        self, precision: Precision, disturb: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> LinearRule:
+        """Products in its arithmetic."""
+        return precision.rule(disturb, int8=self.int8, lookup=self.lookup)
 
 
 @dataclass(frozen=True)
@@ -160,12 +167,12 @@ def _jittered(precision: Precision, engine: Engine) -> LinearRule:
     def disturb(x: Tensor) -> Tensor:
         return x * (1 + engine.step * torch.randn(x.shape, generator=generator))
 
-    return precision.rule(disturb, int8=engine.int8)
+    return engine.rule(precision, disturb)
 
 
 CPU = Engine(run_onnx)
 SPLIT = Engine(run_split)
-TVM = Engine(run_tvm)
+TVM = Engine(run_tvm, lookup=False)
 TVM_CUDA = Engine(run_tvm, int8=False)
 CUDA = Engine(run_half, int8=False, step=2.5e-4, bound=5e-3)
 
@@ -193,7 +200,7 @@ def check_parity(
     got = engine.run(path, program, prompts)
     errors, floors, agree = [], [], []
     precision = Precision(program, bits)
-    with linear_rule(precision.rule(int8=engine.int8)):
+    with linear_rule(engine.rule(precision)):
         chosen = exercised(program, prompts)
         wants = [program.run(*inputs)[0] for inputs in prompts]
     for inputs, result, whole in zip(prompts, got, wants, strict=True):

@@ -19,7 +19,7 @@ from carve_runtime.gates import SHIFT
 from carve_runtime.manifest import ModelInfo
 from carve_runtime.tensors import map_tensors
 from carve_runtime.tvm_index import DTYPES, TvmIndex
-from carve_runtime.tvm_memory import compiled, memory_of
+from carve_runtime.tvm_memory import compiled, has_gpu, memory_of
 
 
 class TvmEngine:
@@ -80,13 +80,13 @@ class TvmEngine:
                 found = self._functions[function](*arguments)
                 if function != "decode":  # the sizes of one token are always the same
                     tvm.give_back()
-                return found
             except Exception as error:  # its exceptions have no common base
                 raise CarveRuntimeError(
                     "run",
                     f"TVM failed in the model: {error}",
                     "check that the artifact is whole, or compile it again with carve",
                 ) from error
+        return found
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Run with numpy inputs; returns every output in order.
@@ -223,7 +223,9 @@ class TvmSession(Session):
 
 def runs_here(index: TvmIndex) -> bool:
     """Whether this machine can run what the index is of."""
-    return index.machine == processor.machine() and not _missing(index)
+    if index.machine != processor.machine() or _missing(index):
+        return False
+    return index.gpu is None or has_gpu(index.gpu.capability)
 
 
 def _missing(index: TvmIndex) -> list[str]:

@@ -47,7 +47,7 @@ class Memory(Protocol):
 class HostMemory:
     """This process's: tensors and arrays share it."""
 
-    devices = ((_CPU, 0),)
+    devices: tuple[tuple[int, int], ...] = ((_CPU, 0),)
 
     def tensor(self, array: NDArray[Any]) -> Any:
         """See `Memory.tensor`; nothing is copied."""
@@ -71,7 +71,7 @@ class CudaMemory:
         ArtifactError: ``target`` where there is no GPU, or it is older than the code.
     """
 
-    devices = ((_CUDA, 0), (_CPU, 0))
+    devices: tuple[tuple[int, int], ...] = ((_CUDA, 0), (_CPU, 0))
 
     def __init__(self, capability: tuple[int, int]) -> None:
         _load()
@@ -107,6 +107,15 @@ class CudaMemory:
         """See `Memory.write`."""
         if array.size:
             self._from(value, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+
+
+def has_gpu(capability: tuple[int, int]) -> bool:
+    """Whether this machine has a GPU of a compute capability or a newer one, and TVM can use it."""
+    try:
+        CudaMemory(capability)
+    except ArtifactError:
+        return False
+    return True
 
 
 def memory_of(gpu: Gpu | None) -> Memory:

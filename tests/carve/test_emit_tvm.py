@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
+from carve_runtime.heap import heap_bytes
+from carve_runtime.tensors import map_tensors
 from carve_runtime.tvm_engine import TvmEngine, TvmSession
 from carve_runtime.tvm_index import read_tvm_index
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from carve.emit.tvm.functions import translate
 from carve.emit.tvm.names import check_ready, folder_of, processor
 from carve.emit.tvm.params import Parameters
 from carve.errors import CarveError, UserError
+from carve.grid import Grid
 from carve.parity import TVM, check_parity, routings
 from carve.program import Program
 from carve.write_artifact import model_facts
@@ -121,9 +124,9 @@ def test_decoders(name: str, bits: int, gated: bool, captured: Get, tmp_path: Pa
     for first in (1, 30):
         one = session(engine, program)
         rows = [one.step(ids[0, :first].numpy())]
-        cache = one._caches[0]
+        cache = one._tensors[0]
         rows += [one.step([int(i)]) for i in ids[0, first:]]
-        assert one._caches[0] is cache
+        assert one._tensors[0] is cache
         got = torch.from_numpy(np.concatenate(rows))
         error = (got - want).norm(dim=1) / want.norm(dim=1)
         assert float(error.median()) < (1e-4 if bits == 16 else 2e-2)
@@ -207,7 +210,9 @@ def test_names() -> None:
     assert folder_of("tvm:x86_64-v3") == "tvm/x86_64-v3"
     assert processor("tvm:aarch64").triple.startswith("aarch64")
     assert {"onnx-cpu", "tvm:host", "tvm:aarch64"} <= set(target_names())
-    for name in ("tvm:i386", "tvm:cuda"):
+    assert processor("tvm:cuda").name == "cuda-sm_80"
+    assert processor("tvm:cuda-sm_90").name == "cuda-sm_90"
+    for name in ("tvm:i386", "tvm:cuda-sm_9"):
         with pytest.raises(UserError) as e:
             processor(name)
         assert e.value.code == "target"
@@ -221,6 +226,56 @@ def test_a_missing_compiler_is_refused_before_the_work(monkeypatch: pytest.Monke
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match="compiler"):
         check_ready("tvm:host")
+
+
+def test_experts_of_several_widths(captured: Get, tmp_path: Path) -> None:
+    program = captured("llama").program
+    tiny.route(program, num_experts=3, expert_size=64, top_k=2, dynamic=True)
+    widths = (2, 8, 4)
+    for site in program.sites:
+        r = site.routed
+        assert r is not None
+        new, grids = {}, {}
+        for name in ("expert_gate", "expert_up", "expert_down"):
+            weight = getattr(r, name)
+            grids[name] = tuple(Grid.nearest(w, b, 32) for w, b in zip(weight, widths, strict=True))
+            new[name] = torch.stack([g.round(w) for g, w in zip(grids[name], weight, strict=True)])
+        program.set_routed(site, replace(r, **new, grids=grids))
+    engine = emitted(program, tmp_path, 4)
+    two = prompts(program, 9, 14)
+    metrics = check_parity(program, tmp_path / "index.json", two, 4, TVM)
+    assert metrics.median_error < 1e-3
+    # onnxruntime computes experts of 2 bits by look-up, which rounds otherwise.
+    precision, got = Precision(program, 4), engine.run(feeds(engine, program, two[0]))[0]
+    errors = []
+    for lookup in (False, True):
+        with linear_rule(precision.rule(lookup=lookup)):
+            want = program.run(*two[0])[0]
+        errors.append(tiny.relative(torch.from_numpy(got), want))
+    assert errors[0] < 1e-2 < errors[1]
+    sizes = {n: a.nbytes for n, a in map_tensors(tmp_path / "model.safetensors").items()}
+    stored = [n for n in sizes if n.endswith(".expert_in")]
+    assert [sizes[n] / sizes[stored[0]] for n in stored] == [1, 1 / 2, 1 / 4] * 2
+
+
+def test_prompts_of_every_length_leave_no_memory(captured: Get, tmp_path: Path) -> None:
+    program = tiny.route(captured("llama").program)
+    engine = emitted(program, tmp_path, 16)
+    ids = tiny.token_ids(1, 64)[0].numpy()
+
+    def prompt(length: int) -> None:
+        one = session(engine, program)
+        one.step(ids[:length], rows=1)
+        one.step(ids[:1])
+
+    prompt(63)
+    before = heap_bytes()
+    if not before:
+        pytest.skip("the C library does not tell what is allocated")
+    for length in range(16, 63):
+        prompt(length)
+    # Kept, they are about 150 KB.
+    assert heap_bytes() - before < 64 * 1024
 
 
 def test_tensors_start_where_vectors_may(tmp_path: Path) -> None:

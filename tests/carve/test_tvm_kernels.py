@@ -29,14 +29,14 @@ from carve.emit.tvm.kernels.activations import activate
 from carve.emit.tvm.kernels.dot import dot, has_offset
 from carve.emit.tvm.kernels.schedule import default
 from carve.emit.tvm.kernels.vector import load, store
-from carve.emit.tvm.weights import Matrix, format_of, pack_linear, pack_routed, widen
+from carve.emit.tvm.weights import Matrix, pack_linear, pack_routed, widen
 from carve.errors import CarveError, UserError
 from carve.grid import Grid
 
 HOST = Cpu.named("host")
 HERE = [c for c in CPUS if c.triple == HOST.triple and c.flags <= HOST.flags]
 SMALL = Schedule(tile=3, streams=2)
-FP32, INT8, INT4 = Format(), Format(8, 32), Format(4, 32)
+FP32, INT8, INT4, INT2 = Format(), Format(8, 32), Format(4, 32), Format(2, 32)
 BOUND = 2e-6
 
 
@@ -65,7 +65,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("cpu", HERE, ids=lambda c: c.name)
 @pytest.mark.parametrize(
-    "form", [FP32, INT8, INT4, Format(4, 128)], ids=lambda f: f"{f.bits}-{f.block}"
+    "form", [FP32, INT8, INT4, Format(4, 128), INT2], ids=lambda f: f"{f.bits}-{f.block}"
 )
 def test_linear(cpu: Cpu, form: Format) -> None:
     g = torch.Generator().manual_seed(0)
@@ -287,7 +287,7 @@ def test_integer_products_are_exact(cpu: Cpu, form: Format) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, form, mark", [("aarch64", INT8, "smull"), ("aarch64-dotprod", INT4, "sdot")]
+    "name, form, mark", [("aarch64", INT8, "smull"), ("aarch64-dotprod", INT2, "sdot")]
 )
 def test_kernels_compile_for_arm(name: str, form: Format, mark: str) -> None:
     cpu = Cpu.named(name)
@@ -324,7 +324,6 @@ def test_widened_levels_stand_for_the_same_weights(bits: int, to: int) -> None:
     grid = Grid.nearest(weight, bits)
     wide = torch.from_numpy(widen(grid.levels(weight).numpy(), bits, to))
     assert torch.equal(Grid(to, grid.scale).values(wide), grid.round(weight))
-    assert format_of(bits, 32).bits == max(bits, 4)
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
@@ -340,7 +339,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
             pack_linear(spec, HOST, weight)
     with pytest.raises(CarveError, match="bias"):
         pack_linear(spec, HOST, Matrix(levels, scale), np.zeros(8, np.float32))
-    for bits, block in ((2, 32), (8, 0), (4, 48), (32, 32)):
+    for bits, block in ((3, 32), (8, 0), (4, 48), (32, 32)):
         with pytest.raises(CarveError, match="no TVM kernel"):
             Format(bits, block)
     with pytest.raises(CarveError, match="whole blocks"):

@@ -58,13 +58,13 @@ def test_logits_and_steps(model: Model) -> None:
 def test_the_cache_is_written_in_place(model: Model) -> None:
     session = model.start()
     first = session.step([5, 6])
-    kept, buffers = first.copy(), list(session._caches)
+    kept, buffers = first.copy(), list(session._tensors)
     for token in range(20):
         session.step([token])
-    assert all(a is b for a, b in zip(buffers, session._caches, strict=True))
+    assert all(a is b for a, b in zip(buffers, session._tensors, strict=True))
     assert np.any(buffers[0][:, :, 21]) and not np.any(buffers[0][:, :, 22:])
     session.step([7] * 300)
-    assert session._caches[0].shape[2] == 512
+    assert session._tensors[0].shape[2] == 512
     np.testing.assert_array_equal(first, kept)
 
 

@@ -54,11 +54,11 @@ class Packing:
 
 
 def widest(grids: Sequence[Grid | None]) -> Format:
-    """The format that holds weights of these grids; levels of 2 bits are stored as 4."""
+    """The format that holds weights of these grids."""
     known = [g for g in grids if g is not None]
     if len(known) < len(grids) or not known:
         return Format()
-    return Format(max(4, *(g.bits for g in known)), known[0].block)
+    return Format(max(g.bits for g in known), known[0].block)
 
 
 def matrix(

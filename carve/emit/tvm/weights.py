@@ -16,7 +16,7 @@ from carve.emit.tvm.kernels.layout import (
     routed_arrays,
     routed_layout,
 )
-from carve.emit.tvm.kernels.spec import Format, LinearSpec, RoutedSpec
+from carve.emit.tvm.kernels.spec import LinearSpec, RoutedSpec
 from carve.errors import CarveError
 
 Packed = dict[str, np.ndarray]
@@ -155,8 +155,10 @@ def _matrix(p: Panels, cpu: Cpu, matrices: Sequence[Matrix | None]) -> Packed:
         return {p.name: np.ascontiguousarray(_panels(p, parts).swapaxes(-1, -2)).reshape(-1)}
     data, scale_data = _panels(p, parts, form.zero), _panels(p, scales)
     groups = data.reshape(*data.shape[:-1], p.columns // 4, 4).swapaxes(-2, -3)
-    if form.bits == 4:
-        groups = groups[..., ::2, :, :] | groups[..., 1::2, :, :] << 4
+    if form.bits < 8:
+        each = 8 // form.bits
+        parted = [groups[..., i::each, :, :] << (i * form.bits) for i in range(each)]
+        groups = np.bitwise_or.reduce(parted)
     elif cpu.signed_levels:
         groups = groups ^ np.uint8(0x80)
     return {
@@ -196,8 +198,3 @@ def _check(
     if array is None or array.shape not in shapes or array.dtype != dtype:
         have = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
         raise CarveError("kernel", f"{what}: {have} where {dtype} {list(due)} is due")
-
-
-def format_of(bits: int, block: int) -> Format:
-    """The format of a `carve.grid.Grid`'s levels; 2 bits are widened to 4."""
-    return Format(max(bits, 4), block)

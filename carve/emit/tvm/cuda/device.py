@@ -58,14 +58,9 @@ class Gpu:
 
     def runs_here(self) -> bool:
         """Whether a GPU is here that runs what is compiled."""
-        from carve_runtime.errors import ArtifactError
-        from carve_runtime.tvm_memory import CudaMemory
+        from carve_runtime.tvm_memory import has_gpu
 
-        try:
-            CudaMemory(self.capability)
-        except ArtifactError:
-            return False
-        return True
+        return has_gpu(self.capability)
 
     @classmethod
     def named(cls, name: str) -> Gpu:

@@ -251,7 +251,7 @@ def down(spec: RoutedSpec) -> Any:
                 T.buffer_store(extra, real(0.0) if last is None else last[row], [0])
                 if s:
                     dot([(matrices["shared_down"], row)], [Row(h, t, number(0), lanes)], acc, lane)
-                if k:
+                if taken is not None:
                     with T.serial(0, k) as place:
                         expert = bind(taken[t, place])
                         with T.If(expert >= number(0)), T.Then():

@@ -100,14 +100,13 @@ def _turned(
     half = turned // 2
     cell = registers(1)
     T.buffer_store(cell, get(j), [0])
-    with T.If(j < number(turned)), T.Then():
-        with T.If(j < number(half)):
-            with T.Then():
-                value = cell[0] * cos[i, j] - get(j + number(half)) * sin[i, j]
-                T.buffer_store(cell, value, [0])
-            with T.Else():
-                value = cell[0] * cos[i, j] + get(j - number(half)) * sin[i, j]
-                T.buffer_store(cell, value, [0])
+    with T.If(j < number(turned)), T.Then(), T.If(j < number(half)):
+        with T.Then():
+            value = cell[0] * cos[i, j] - get(j + number(half)) * sin[i, j]
+            T.buffer_store(cell, value, [0])
+        with T.Else():
+            value = cell[0] * cos[i, j] + get(j - number(half)) * sin[i, j]
+            T.buffer_store(cell, value, [0])
     return cell[0]
 
 

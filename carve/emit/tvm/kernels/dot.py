@@ -15,13 +15,20 @@ from carve.emit.tvm.kernels.vector import Expr, bind, bits_of, llvm, of, splat
 
 def has_offset(cpu: Cpu, form: Format) -> bool:
     """Whether levels are stored as they are, so that ``zero`` has to be taken off the sums."""
-    return form.bits == 4 or not cpu.signed_levels
+    return form.bits < 8 or not cpu.signed_levels
 
 
-def nibbles(packed: Expr, lanes: int) -> tuple[Expr, Expr]:
-    """Levels in the low and the high four bits of bytes."""
-    low = tirx.bitwise_and(packed, splat(15, 4 * lanes, "uint8"))
-    return low, tirx.shift_right(packed, splat(4, 4 * lanes, "uint8"))
+def unpacked(packed: Expr, bits: int, lanes: int) -> list[Expr]:
+    """The levels of ``bits`` that bytes hold, those in the lowest bits first."""
+    if bits == 8:
+        return [packed]
+    mask, found = splat(2**bits - 1, 4 * lanes, "uint8"), []
+    for start in range(0, 8, bits):
+        part = packed
+        if start:
+            part = tirx.shift_right(part, splat(start, 4 * lanes, "uint8"))
+        found.append(tirx.bitwise_and(part, mask) if start + bits < 8 else part)
+    return found
 
 
 def dot(cpu: Cpu, acc: Expr, w: Expr, a: Expr, form: Format) -> Expr:

@@ -2,8 +2,9 @@
 
 A panel is two vectors of output columns. Its weights lie in the order in which they are read, one
 after another: fp32 as ``[K, 2 lanes]``, levels as ``[K / 4, 2 lanes, 4]`` bytes (4 bits:
-``[K / 8, 2 lanes, 4]``, the first of two groups in the low bits), scales as ``[K / block,
-2 lanes]``. Decoding a token is one pass over the panels, at the speed of memory.
+``[K / 8, 2 lanes, 4]``, the first of two groups in the low bits; 2 bits: ``[K / 16, 2 lanes, 4]``,
+of four), scales as ``[K / block, 2 lanes]``. Decoding a token is one pass over the panels, at the
+speed of memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
 from carve.emit.tvm.cpu import Cpu
-from carve.emit.tvm.kernels.dot import dot, has_offset, nibbles
+from carve.emit.tvm.kernels.dot import dot, has_offset, unpacked
 from carve.emit.tvm.kernels.layout import VECTORS
 from carve.emit.tvm.kernels.schedule import Schedule
 from carve.emit.tvm.kernels.spec import Format
@@ -193,7 +194,7 @@ def _block(
     assert x.scale is not None
     assert x.sums is not None
     parts = [local(n, "int32") for _ in sums]
-    per = 2 if form.bits == 4 else 1  # groups that a byte of each weight holds
+    per = 8 // form.bits  # groups that a byte of each weight holds
     for m in range(height):
         start = splat(0, n, "int32")
         if has_offset(cpu, form):
@@ -205,7 +206,7 @@ def _block(
         """``per`` groups of four weights of every column."""
         at = first + group * (width * 4)
         loaded = [bind(load(w.data, at + v * n * 4, 4 * n)) for v in range(VECTORS)]
-        columns = [nibbles(c, n) if per == 2 else (c,) for c in loaded]
+        columns = [unpacked(c, form.bits, n) for c in loaded]
         for g in range(per):
             for m in range(height):
                 four = bind(x.values[x.value(tile, group * per + g, m)])

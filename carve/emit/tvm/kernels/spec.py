@@ -12,7 +12,7 @@ _STEP = 32
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored: fp32 (``bits`` 32), or levels of 8 or 4 bits with a scale a block.
+    """How a matrix is stored: fp32 (``bits`` 32), or levels of 8, 4 or 2 bits in scaled blocks.
 
     Levels are those of `carve.grid.Grid`; products round their activations to int8 by block, as
     `carve.arithmetic.rounded` does.
@@ -24,12 +24,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.bits == 32 and self.block == 0:
             return
-        if self.bits not in (4, 8) or self.block <= 0 or self.block % _STEP:
+        if self.bits not in (2, 4, 8) or self.block <= 0 or self.block % _STEP:
             raise CarveError(
                 "kernel",
                 f"no TVM kernel for {self.bits} bits in blocks of {self.block}",
-                f"32 bits, or 4 or 8 in blocks that are multiples of {_STEP}; levels of 2 bits "
-                "can be widened",
+                f"32 bits, or 2, 4 or 8 in blocks that are multiples of {_STEP}",
             )
 
     @property
