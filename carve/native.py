@@ -24,8 +24,8 @@ SOURCE = Path(__file__).parent / "native"
 _INCLUDE = "tvm_ffi/include/"
 _MOST = 64 << 20
 _VERSIONS = {
-    "glibc": re.compile(rb"\0GLIBC_([\d.]+)\0"),
-    "libstdc++": re.compile(rb"\0GLIBCXX_([\d.]+)\0"),
+    "glibc": re.compile(rb"(?<=\0)GLIBC_([\d.]+)(?=\0)"),
+    "libstdc++": re.compile(rb"(?<=\0)GLIBCXX_([\d.]+)(?=\0)"),
 }
 
 
@@ -165,7 +165,7 @@ def build(machine: str, tvm: TvmFiles, folder: Path) -> None:
     found = compiler(machine, "g++")
     home = folder / "lib"
     copy_libraries(tvm, home)
-    command = [found, "-std=c++17", "-O2", "-s", "-pthread", "-isystem", str(tvm.include)]
+    command = [found, "-std=c++17", "-O1", "-s", "-pthread", "-isystem", str(tvm.include)]
     command += [str(SOURCE / "carve_run.cpp"), "-o", str(folder / RUNNER), f"-L{home}"]
     command += ["-Wl,--no-as-needed", *(f"-l:{name}" for name in LIBRARIES)]
     # The older kind of path holds for what libraries need, too.

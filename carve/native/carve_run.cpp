@@ -27,7 +27,7 @@ double seconds_since(Clock::time_point start) {
 const char* kUsage =
     "usage: carve-run [--prompt TEXT | --ids LIST] [options]   (default: the prompt from standard "
     "input)\n"
-    "  --model DIR       the model's folder (default: model beside this program)\n"
+    "  --model DIR       the model's folder (default: where this program is)\n"
     "  --ids LIST        the prompt as token ids; ids come out as well\n"
     "  --ids-out         token ids come out, not text\n"
     "  --max-tokens N    at most so many new tokens (default: 128)\n"
@@ -98,7 +98,7 @@ Options parse(int argc, char** argv) {
   if (o.has_prompt && o.has_ids) throw BadRequest("--prompt and --ids are one too many");
   if (o.model.empty()) {
     std::string self = carve::resolved("/proc/self/exe");
-    o.model = self.substr(0, self.rfind('/')) + "/model";
+    o.model = self.substr(0, self.rfind('/') + 1);
   }
   return o;
 }

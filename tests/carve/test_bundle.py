@@ -14,13 +14,14 @@ from typing import Any
 import carve_runtime
 import numpy as np
 import pytest
+from carve_runtime import ArtifactError
+from tokenizers import Tokenizer
+
 from carve.bundle import Bundle, bundle
 from carve.errors import UserError
 from carve.files import read_json
 from carve.native import tvm_files
 from carve.native_tokenizer import NAME, UnsupportedError, compact
-from carve_runtime import ArtifactError
-from tokenizers import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 REFERENCE = REPOSITORY / "models/reference/tokenizer.json"
@@ -49,10 +50,14 @@ def copy(made: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.path, tmp_path / "copy"))
 
 
-def run(folder: str | Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run(
+    folder: str | Path, *arguments: str, stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
     """The runner without anything of this process's environment."""
     command = [str(Path(folder) / "carve-run"), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, env={}, timeout=60, check=False)
+    return subprocess.run(
+        command, input=stdin, capture_output=True, env={}, timeout=60, check=False
+    )
 
 
 def told(folder: str | Path, *arguments: str) -> list[int]:
@@ -122,12 +127,18 @@ def test_a_bundle_is_an_artifact_with_hashes_and_runs_in_python(made: Bundle) ->
         "import sys, carve_runtime\n"
         "m = carve_runtime.load('.', engine='tvm', threads=1)\n"
         "print(*m.generate([3, 4, 5], max_new_tokens=8).token_ids)\n"
-        "print(carve_runtime.__file__, *(m for m in ('tvm', 'torch', 'onnxruntime') if m in sys.modules))\n"
+        "heavy = [m for m in ('tvm', 'torch', 'onnxruntime') if m in sys.modules]\n"
+        "print(carve_runtime.__file__, *heavy)\n"
         "print([l.split()[-1] for l in open('/proc/self/maps') if 'libtvm_runtime' in l][0])\n"
     )
     env = {**os.environ, "PYTHONPATH": "python"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     ids, where, library = done.stdout.splitlines()
     assert [int(n) for n in ids.split()] == told(folder, "--ids", "3 4 5", "--max-tokens", "8")
@@ -150,7 +161,9 @@ def test_a_bundle_is_an_artifact_with_hashes_and_runs_in_python(made: Bundle) ->
         (("--prompt", b"\xff".decode("utf-8", "surrogateescape")), b"UTF-8"),
     ],
 )
-def test_requests_that_cannot_be_served(made: Bundle, arguments: tuple[str, ...], match: bytes) -> None:
+def test_requests_that_cannot_be_served(
+    made: Bundle, arguments: tuple[str, ...], match: bytes
+) -> None:
     done = run(made.path, *arguments)
     assert done.returncode == 2 and match in done.stderr
 
@@ -171,7 +184,7 @@ def test_nothing_unchecked_is_loaded(copy: Path) -> None:
     assert b"SHA-256" in _spoil(copy, "tvm/host/model.so", changed, sealed=False)
     assert b"carve-run" in _spoil(copy, "tvm/host/model.so", b"no library")
     for changes, match in (
-        ({"library": "../../../evil.so"}, b"plain relative path"),
+        ({"library": "../../../evil.so"}, b"does not list"),
         ({"library": "other.so"}, b"does not list"),
         ({"flags": ["avx1024"]}, b"no avx1024"),
         ({"machine": "riscv64"}, b"no riscv64"),
@@ -188,7 +201,13 @@ def test_unsound_records(copy: Path) -> None:
         assert _spoil(copy, "tvm/host/index.json", text)
     write_index(copy)
     manifest = (copy / "manifest.json").read_bytes()
-    for text in (b"", b"{}", b"3", manifest[:-9], manifest.replace(b'"head_dim": 16', b'"head_dim": 17')):
+    for text in (
+        b"",
+        b"{}",
+        b"3",
+        manifest[:-9],
+        manifest.replace(b'"head_dim": 16', b'"head_dim": 17'),
+    ):
         assert _spoil(copy, "manifest.json", text, sealed=False)
 
 
@@ -221,7 +240,14 @@ def test_tensors_that_vectors_cannot_be_loaded_from(copy: Path) -> None:
 
 def test_unsound_tokenizers(copy: Path) -> None:
     whole = (copy / NAME).read_bytes()
-    for data in (b"", whole[:-1], whole + b"\0", b"x" + whole[1:], whole[:20], whole[:16] + b"\xff" * 64):
+    for data in (
+        b"",
+        whole[:-1],
+        whole + b"\0",
+        b"x" + whole[1:],
+        whole[:20],
+        whole[:16] + b"\xff" * 64,
+    ):
         (copy / NAME).write_bytes(data)
         seal(copy)
         done = run(copy, "--prompt", "a")
@@ -268,9 +294,10 @@ def _variant(name: str) -> dict[str, Any]:
 def _texts() -> list[str]:
     r = random.Random(0)
     parts = ["'s", "'S", "'ſ", "'re", "'LL", "'", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2003",
-             "\u3000", "é", "É", "日本", "ا", "a", "Z", "the", " the", "123", "4", "٣", "Ⅷ", "½", "!",
-             "...", "—", "😀", "👨\u200d👩", "\u0301", "\U00031350", "<|endoftext|>", "<tool>",
-             "<tool>x", "<|end|>", "\x01", "\u0085", "\u2028", "ǅ", "word", "ing", "<|endof"]  # fmt: skip
+             "\u3000", "é", "É", "日本", "ا", "a", "Z", "the", " the", "123", "4", "٣", "Ⅷ", "½",
+             "!", "...", "—", "😀", "👨\u200d👩", "\u0301", "\U00031350", "<|endoftext|>", "<tool>",
+             "<tool>x", "<|end|>", "\x01", "\u0085", "\u2028", "ǅ", "word", "ing",
+             "<|endof"]  # fmt: skip
     spans = ((1, 0x250), (0x250, 0xD800), (0xE000, 0x110000))
     mixed = ["".join(r.choices(parts, k=r.randrange(1, 25))) for _ in range(600)]
     drawn = ["".join(chr(r.randrange(*r.choice(spans))) for _ in range(20)) for _ in range(200)]
@@ -332,8 +359,9 @@ def test_tokenizers_that_the_runner_cannot_do_are_refused(
 
 
 def test_what_cannot_be_bundled(artifact: Path, made: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="it has tvm:host"):
+    with pytest.raises(UserError) as caught:
         bundle(artifact, "tvm:aarch64", tmp_path / "x")
+    assert caught.value.hint.startswith("it has tvm:host;")
     with pytest.raises(UserError, match="artifact itself"):
         bundle(artifact, "host", artifact)
     damaged = Path(shutil.copytree(artifact, tmp_path / "damaged"))
