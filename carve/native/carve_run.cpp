@@ -225,6 +225,8 @@ int run(int argc, char** argv) {
       o.has_ids ? id_list(o.ids) : tokenizer->encode(o.has_prompt ? o.prompt : standard_input());
   int threads = o.threads ? static_cast<int>(o.threads)
                           : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  // The pool starts as many workers as this says, and they spin for a while.
+  setenv("TVM_NUM_THREADS", std::to_string(threads).c_str(), 1);
   carve::Model model(folder, threads, o.verify);
   if (ids.empty()) {
     if (!model.about.begin) throw BadRequest("the prompt has no tokens");
@@ -239,19 +241,23 @@ int run(int argc, char** argv) {
 
 }  // namespace
 
+int finish(int status, const char* why = nullptr) {
+  if (why != nullptr) fprintf(stderr, "carve-run: %s\n", why);
+  fflush(nullptr);
+  // What ends a program in order would wait for workers that spin.
+  std::_Exit(status);
+}
+
 int main(int argc, char** argv) {
   // Workers that are bound to cores wait for whatever else runs on them.
   setenv("TVM_BIND_THREADS", "0", 0);
   try {
-    return run(argc, argv);
+    return finish(run(argc, argv));
   } catch (const BadRequest& e) {
-    fprintf(stderr, "carve-run: %s\n", e.what());
-    return 2;
+    return finish(2, e.what());
   } catch (const std::bad_alloc&) {
-    fprintf(stderr, "carve-run: there is too little memory\n");
-    return 1;
+    return finish(1, "there is too little memory");
   } catch (const std::exception& e) {
-    fprintf(stderr, "carve-run: %s\n", e.what());
-    return 1;
+    return finish(1, e.what());
   }
 }
