@@ -9,7 +9,7 @@ A checkpoint is converted here, so that the program that was emitted can be aske
 (``--target onnx-cpu,tvm:x86_64,tvm:aarch64``) is compared with onnxruntime alone. Each target for
 TVM is bundled, and its native runner generates greedily, one for another machine under qemu-user:
 Debian's ``qemu-user-static`` and ``g++-aarch64-linux-gnu`` give emulator, compiler and root. Then
-the prompt with what was generated goes through runner, onnxruntime and torch at once: ``same tokens``
+the prompt with what was generated goes through runner, onnxruntime and torch: ``same tokens``
 counts the leading tokens that another engine would have chosen too, ``difference`` is the largest
 one of all logits. The time to the first token is that from the start of the process until the first
 bytes come out, the median over prompts.
