@@ -105,6 +105,16 @@ def parser() -> argparse.ArgumentParser:
         "--no-record", action="store_true", help="leave the result out of the artifact's report"
     )
 
+    c = command("bundle", "a folder that runs on a device: one target, and what runs it there")
+    c.add_argument("artifact")
+    c.add_argument("--target", required=True, help="one of the artifact's, or onnx for onnx-cpu")
+    c.add_argument("-o", "--output", help="the folder (default: the artifact's name + -bundle)")
+    c.add_argument(
+        "--wheels",
+        type=Path,
+        help="a folder with TVM's wheels for the device (default: what is installed, or pip's)",
+    )
+
     c = command("plan", "what a conversion will take, before anything long starts")
     c.add_argument("path", help="a checkpoint, or an artifact that was converted with --devices")
     c.add_argument("-o", "--output", help="where the artifact would go (default: as for convert)")

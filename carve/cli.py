@@ -321,6 +321,22 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _bundle(args: argparse.Namespace) -> dict[str, Any]:
+    from carve.bundle import bundle
+
+    source = Path(args.artifact)
+    output = Path(args.output or f"{source.resolve().name}-bundle")
+    made = bundle(source, args.target, output, args.wheels)
+    if made.reason:
+        what = "ids in, ids out" if made.runner else "no native runner"
+        sys.stderr.write(f"{what}: {made.reason}\n")
+    if not args.json:
+        from carve.report import figures
+
+        _out(figures(made.as_dict()))
+    return made.as_dict()
+
+
 def _list(args: argparse.Namespace) -> dict[str, Any]:
     from carve.config import PASS_NAMES, target_names
 
@@ -350,6 +366,7 @@ _COMMANDS = {
     "run": _run,
     "eval": _eval,
     "bench": _bench,
+    "bundle": _bundle,
     "plan": _plan,
     "report": _report,
     "list": _list,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -17,6 +18,8 @@ from carve_runtime.errors import ArtifactError
 
 ALIGNMENT = 64
 _POOLED = 2
+# Where this package is the Python side of a folder that ``carve bundle`` made.
+_BUNDLED = Path(__file__).resolve().parents[2] / "lib" / "libtvm_runtime.so"
 _LOCK = threading.Lock()
 _LOADED: list[Any] = []
 _THREADS = threading.local()
@@ -46,8 +49,10 @@ def _load() -> Any:
         import tvm_ffi  # type: ignore[import-not-found, unused-ignore]
         from tvm_ffi.libinfo import load_lib_ctypes  # type: ignore[import-not-found, unused-ignore]
 
-        libraries = folder() / "lib"
-        if "tvm" not in sys.modules:  # the compiler brings the same library
+        if _BUNDLED.is_file():
+            ctypes.CDLL(str(_BUNDLED), ctypes.RTLD_GLOBAL)
+        elif "tvm" not in sys.modules:  # the compiler brings the same library
+            libraries = folder() / "lib"
             load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[libraries])
     except (ImportError, OSError, RuntimeError) as error:
         raise ArtifactError(

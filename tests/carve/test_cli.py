@@ -53,7 +53,7 @@ def test_the_probe_sees_what_is_imported() -> None:
 def test_help_names_every_command() -> None:
     done = carve("--help")
     assert done.returncode == 0
-    for command in ("convert", "run", "eval", "bench", "report", "list"):
+    for command in ("convert", "run", "eval", "bench", "bundle", "report", "list"):
         assert command in done.stdout
 
 

@@ -36,6 +36,11 @@ class Cpu:
         """Whether 8-bit weights are stored as signed numbers: only VNNI wants unsigned ones."""
         return self.dot != "vnni"
 
+    @property
+    def machine(self) -> str:
+        """The architecture, as `carve_runtime.processor.machine` names it."""
+        return self.triple.partition("-")[0]
+
     def runs_on(self, other: Cpu) -> bool:
         """Whether ``other`` can do all that this one can."""
         return self.triple == other.triple and self.flags <= other.flags

@@ -63,7 +63,7 @@ def emit_tvm(program: Program, folder: Path, bits: int, target: str, cpu: Cpu | 
     """
     if bits not in (4, 8, 16, 32):
         raise UserError("bits", f"--bits {bits} is not one of 16, 8, 4", "try --bits 4")
-    linker = compiler(cpu)
+    linker = compiler(cpu.machine)
     mod, params = translate(program, bits, cpu)
     library = _compile(mod, cpu, gated=bool(program.gated))
     library.export_library(str(folder / LIBRARY), fcompile=_linked_by(linker))
@@ -155,7 +155,7 @@ def _index(program: Program, params: Parameters, target: str, cpu: Cpu | Gpu) ->
         "schema": SCHEMA,
         "target": target,
         "cpu": cpu.name,
-        "machine": cpu.triple.partition("-")[0],
+        "machine": cpu.machine,
         "flags": sorted(cpu.flags),
         "library": LIBRARY,
         "tensors": TENSORS,

@@ -50,23 +50,26 @@ def folder_of(target: str) -> str:
     return f"tvm/{target.removeprefix(PREFIX)}"
 
 
-def compiler(cpu: Cpu | Gpu) -> str:
-    """The C compiler that links a library for ``cpu``.
+def compiler(machine: str, program: str = "gcc") -> str:
+    """The compiler that makes programs and links libraries for a machine.
+
+    Args:
+        machine: an architecture, see `carve_runtime.processor.machine`.
+        program: which of Debian's cross compilers, ``gcc`` or ``g++``; the machine's own does both.
 
     Raises:
         UserError: there is none.
     """
     from carve_runtime import processor
 
-    machine = cpu.triple.partition("-")[0]
     if machine == processor.machine():
         found = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
         hint = "install g++"
     else:
-        found = shutil.which(f"{machine}-linux-gnu-gcc")
-        hint = f"on Debian: apt-get install gcc-{machine.replace('_', '-')}-linux-gnu"
+        found = shutil.which(f"{machine}-linux-gnu-{program}")
+        hint = f"on Debian: apt-get install {program}-{machine.replace('_', '-')}-linux-gnu"
     if found is None:
-        raise UserError("target", f"no C compiler links a library for {machine}", hint)
+        raise UserError("target", f"no C compiler makes programs for {machine}", hint)
     return found
 
 
@@ -77,7 +80,7 @@ def check_ready(target: str) -> None:
         UserError: an unknown processor, no compiler, or no TVM.
     """
     found = processor(target)
-    compiler(found)
+    compiler(found.machine)
     if isinstance(found, Gpu):
         nvcc()
     for package, name, version in (("apache-tvm", "tvm", TVM), ("apache-tvm-ffi", "tvm_ffi", FFI)):

@@ -40,6 +40,11 @@ class Gpu:
         return self.host.triple
 
     @property
+    def machine(self) -> str:
+        """The host's."""
+        return self.host.machine
+
+    @property
     def flags(self) -> frozenset[str]:
         """What the host has to be able to do."""
         return self.host.flags
