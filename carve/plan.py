@@ -105,6 +105,8 @@ def foresee(
     from carve.targets import check_targets, check_translation, load_engines
 
     check_targets(config.targets)
+    passes = passes_of(config)
+    described = None if config.devices is None else read_devices(config.devices)
     began = clock()
     given = prepare(path, config, clock)
     load_engines(config.targets)
@@ -112,7 +114,6 @@ def foresee(
     program = given.program
     check_source(program, config.targets)
     check_translation(program, config.targets, config.nominal_bits)
-    passes = passes_of(config)
     scene = scene_of(program, config, given.asked, given.batches, given.held, path)
     room = room_of(scene, config, passes, resident())
     names = [p.name for p in passes]
@@ -121,11 +122,11 @@ def foresee(
     what = {p.name: of_pass(p.name)[0] for p in passes}
     reasons = lacking(room, output)
     placed: dict[str, Any] = {}
-    if config.devices is not None:
+    if described is not None:
         given = {"seconds": 5.0, **config.passes.get("place", {}), "devices": config.devices}
         settings = build(PlaceConfig, "place", given)
         sizes, trace = planned_sizes(program, scene.splits, config.nominal_bits)
-        placed = _placed(read_devices(config.devices), sizes, trace, settings)
+        placed = _placed(described, sizes, trace, settings)
     return {
         "feasible": not reasons,
         "reasons": reasons,

@@ -10,17 +10,19 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_models as tiny
 from command_line import QUICK, Captured, call, change_config, convert, folder_size, result
 
 from carve import room
 from carve.config import ConvertConfig
+from carve.errors import UserError
 from carve.estimate import Room, room_of, seconds_of
 from carve.lineup import passes_of
 from carve.prepare import Prepared, prepare
@@ -106,8 +108,10 @@ class Forecast:
 
 
 @pytest.fixture(scope="module")
-def prepared(checkpoint: Path) -> Prepared:
-    return prepare(checkpoint, ConvertConfig(budget=0.7, tokens=2000, eval_tokens=500, length=64))
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Of a model deep enough for gates."""
+    source = tiny.save_checkpoint(tmp_path_factory.mktemp("deep") / "source", layers=4)
+    return prepare(source, ConvertConfig(budget=0.7, tokens=2000, eval_tokens=500, length=64))
 
 
 def forecast(given: Prepared, passes: dict[str, Any] | None = None, **settings: Any) -> Forecast:
@@ -160,16 +164,15 @@ def test_skip(prepared: Prepared) -> None:
     assert auto.seconds["allocate"] > none.seconds["allocate"]
 
 
-def test_widths_and_text(prepared: Prepared, checkpoint: Path) -> None:
-    narrow, wide = (forecast(prepared, ffn_active=a) for a in (0.25, 0.75))
+def test_widths_and_text(prepared: Prepared) -> None:
+    narrow, wide = (forecast(prepared, ffn_active=a) for a in (0.55, 0.8))
     assert narrow.seconds["carve"] != wide.seconds["carve"]
     dense = forecast(prepared, budget=1.0)
     assert "carve" not in dense.seconds and dense.total < narrow.total
-    more = prepare(checkpoint, ConvertConfig(budget=0.7, tokens=8000, eval_tokens=4000, length=64))
-    longer = forecast(more)
-    usual = forecast(prepared)
+    twice = replace(prepared, batches=prepared.batches * 2, held=prepared.held * 2)
+    longer, usual = forecast(twice), forecast(prepared)
     assert longer.room.memory > usual.room.memory
-    for step in ("calibration", "dense model", "refit", "quantize", "after each pass"):
+    for step in ("calibration", "dense model", "refit", "quantize"):
         assert longer.seconds[step] > usual.seconds[step], step
 
 
@@ -222,7 +225,7 @@ def test_measured_rates(prepared: Prepared) -> None:
 def test_too_little_room(
     checkpoint: Path, out: Path, capsys: Captured, fixed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan names all that is too little and is no error; a conversion does not begin."""
+    """A plan names all that is too little and is no error; a conversion would not begin."""
     usage = SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(room, "memory_free", lambda: 1e6)
@@ -231,11 +234,16 @@ def test_too_little_room(
     assert plan["feasible"] is False
     memory, disk = plan["reasons"]
     assert "of memory are needed" in memory and "MB are needed beside" in disk
-    assert convert(checkpoint, out, "--budget", "0.7") == 2
-    error = result(capsys)["error"]
-    assert error["code"] == "memory"
-    assert "of memory are needed" in error["message"] and "beside" in error["message"]
-    assert not out.exists()
+    sizes = Room(*(plan[k] for k in ("peak_memory", "output", "state")))
+    with pytest.raises(UserError) as e:
+        room.check_room(sizes, out)
+    assert e.value.code == "memory"
+    assert memory in e.value.message and disk in e.value.message
+    monkeypatch.setattr(room, "memory_free", lambda: 1e15)
+    with pytest.raises(UserError) as e:
+        room.check_room(sizes, out)
+    assert (e.value.code, e.value.message) == ("disk", disk)
+    room.check_room(sizes, out, stored=plan["disk"])  # it is there already
 
 
 def test_memory_that_a_group_of_processes_may_take(
@@ -271,8 +279,7 @@ def test_memory_that_a_group_of_processes_may_take(
         (("--budget", "2"), "budget", "outside (0, 1]"),
         (("--budget", "0.7", "--target", "hf-granit"), "target", "'hf-granite'"),
         (("--budget", "0.7", "--bits", "1"), "bits", "--bits 1"),
-        (("--budget", "0.7", "--set", "quantize.sweps=1"), "config", "'sweeps'"),
-        (("--budget", "0.7", "--set", "convert.length=4000000"), "text-short", "tokens"),
+        (("--budget", "0.7", "--set", "quantize.sweps=1"), "recipe", "'sweeps'"),
         (("--budget", "0.7", "--calibration", "/dev/zero"), "text", "not a regular file"),
         (("--budget", "0.7", "--devices", "/nowhere/d.toml"), "devices", "/nowhere/d.toml"),
     ],
