@@ -85,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
 
     c = command("eval", "quality of an artifact beside its dense original, in its own engine")
     c.add_argument("artifact")
-    c.add_argument("--text", help="held-out text (default: the bundled text)")
+    c.add_argument(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="held-out text, UTF-8; may be given several times (default: the bundled text)",
+    )
     c.add_argument("--dense", help="the dense checkpoint, where it has moved")
     _engine(c)
     c.add_argument("--tokens", type=int, default=16_000)

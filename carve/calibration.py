@@ -39,18 +39,21 @@ class Batch:
 
 
 def read_text(path: str | Path | None, default: str) -> str:
-    """The text of ``path``, or the bundled ``default``.
+    """The text of ``path``, a file of at most 1 GiB, or the bundled ``default``.
 
     Raises:
         UserError: it cannot be read as UTF-8 text.
     """
+    from carve_runtime.files import FileError, read_bytes
+
     file = DATA / default if path is None else Path(path)
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_bytes(file, 1 << 30).decode("utf-8-sig")
+    except (OSError, FileError, UnicodeDecodeError) as e:
         raise UserError(
             "text", f"{file} cannot be read as text: {e}", "give a UTF-8 text file"
         ) from e
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -193,6 +196,14 @@ def hold_back(batches: Sequence[Batch], tokens: int) -> tuple[list[Batch], list[
             rest.append(batch.rows(start))
     enough = sum(len(b.inputs[0]) for b in rest) >= 3 * sum(taken)
     return (rest if enough else list(batches)), judged
+
+
+def head_of(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tuple[Tensor, ...]:
+    """The inputs of a batch's first rows, of a decoder's first tokens in them."""
+    if program.kind == "decoder":
+        ids, position = (t[:rows, :tokens].contiguous() for t in batch.inputs[:2])
+        return (ids, position, *program.empty_cache(len(ids)))
+    return tuple(t[:rows] for t in batch.inputs)
 
 
 class SiteInputs:

@@ -284,9 +284,18 @@ def capture_checkpoint(source: str | Path | Checkpoint) -> Program:
         UserError: the directory, its files or its architecture cannot be used.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+    return capture_transformers(load_for_capture(checkpoint))
+
+
+def load_for_capture(checkpoint: Checkpoint) -> nn.Module:
+    """The model of a checkpoint with the attention that `capture_transformers` looks for.
+
+    Raises:
+        UserError: the directory, its files or its architecture cannot be used.
+    """
     _register_interface()
-    model = checkpoint.load_model(_INTERFACE if checkpoint.is_decoder else "sdpa")
-    return capture_transformers(model)
+    model: nn.Module = checkpoint.load_model(_INTERFACE if checkpoint.is_decoder else "sdpa")
+    return model
 
 
 def capture_transformers(model: nn.Module) -> Program:

@@ -247,7 +247,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from carve.measure import evaluate_artifact
 
     result = evaluate_artifact(
-        Path(args.artifact), args.text, args.dense, args.tokens, _progress, args.engine
+        Path(args.artifact), args.text or (), args.dense, args.tokens, _progress, args.engine
     )
     if not args.json:
         from carve.report import figures

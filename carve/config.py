@@ -120,6 +120,12 @@ class ConvertConfig:
         return 4
 
     @property
+    def average_bits(self) -> float:
+        """Bits a weight: what is asked where widths are chosen, else `nominal_bits`."""
+        asked = self.mixed and isinstance(self.bits, int | float) and self.size is None
+        return float(self.bits) if asked else float(self.nominal_bits)
+
+    @property
     def form(self) -> EngineForm:
         """What the targets hold."""
         return form_of(self.targets)

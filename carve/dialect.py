@@ -311,7 +311,7 @@ def attention(
     length, total = query.shape[2], k.shape[2]
     repeat = query.shape[1] // k.shape[1]
     ks, vs = (t.repeat_interleave(repeat, 1) if repeat > 1 else t for t in (k, v))
-    # Rotation by fp32 angles leaves what bf16 products gave in either type, as releases of torch go.
+    # After the rotation by fp32 angles releases of torch differ in the type of what was bf16.
     ks, vs = ks.to(query.dtype), vs.to(query.dtype)
     if length == total and softcap <= 0 and (window <= 0 or window >= total):
         return F.scaled_dot_product_attention(query, ks, vs, is_causal=True, scale=scale), k, v

@@ -7,55 +7,47 @@ sorts and solvers are not counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from carve.config import ConvertConfig
+from carve.config import ConvertConfig, parse_size
 from carve.engine_form import FOREIGN
 from carve.errors import UserError
 from carve.grid import BLOCK, large_table
 from carve.passbase import Pass
 from carve.placement.sizes import planned_sizes
 from carve.rates import Rates
-from carve.workload import COUNTED, Scene, around
+from carve.workload import COUNTED, Scene, around, emitting
 
-_LOADED = 750e6
-"""Bytes of a process that has imported torch, transformers, onnxscript and onnxruntime."""
+_PAGE = 1e5
+"""Bytes of reports and recipe, whatever the model."""
+_NODE, _TENSOR = 250.0, 512.0
+"""Bytes of a graph for each operator and each tensor."""
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """``seconds`` by what is done, in order; ``memory``: bytes at the peak.
+class Room:
+    """``memory``: bytes at the peak; ``output``: of the artifact.
 
-    ``output``: bytes of the artifact; ``state``: what the states of all passes take until then.
+    ``state``: bytes that the states of all passes take until the artifact is finished.
     """
 
-    seconds: dict[str, float]
     memory: float
     output: float
     state: float
-
-    @property
-    def total_seconds(self) -> float:
-        """All of it."""
-        return sum(self.seconds.values())
 
     @property
     def disk(self) -> float:
         """Bytes that have to be free beside the output."""
         return self.output + self.state
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "total_seconds": self.total_seconds, "disk": self.disk}
 
-
-def estimate(
+def seconds_of(
     scene: Scene, config: ConvertConfig, passes: Sequence[Pass[Any]], rates: Rates
-) -> Estimate:
-    """Time, memory and disk of a conversion."""
+) -> dict[str, float]:
+    """Time by what is done, in order."""
     names = [p.name for p in passes]
-    seconds = {"capture": _fixed(scene, rates, 900)}
+    seconds: dict[str, float] = {}
     besides = around(scene, names) if passes else {}
     for name in ("calibration", "dense model"):
         if name in besides:
@@ -68,14 +60,21 @@ def estimate(
     for name in ("after each pass", "held-out text"):
         if name in besides:
             seconds[name] = rates.seconds(besides[name])
-    seconds |= {f"emit {t}": _fixed(scene, rates, 3500) for t in config.targets}
-    output, state = _output(scene, config), _state(scene, config, names)
-    return Estimate(seconds, _memory(scene, config, names), output, state)
+    emitted = dict.fromkeys(config.targets)
+    return seconds | {f"emit {t}": rates.seconds(emitting(scene, t)) for t in emitted}
 
 
-def _fixed(scene: Scene, rates: Rates, steps: float) -> float:
-    """Tracing and translating a graph: ``steps`` calls an operator of it."""
-    return steps * len(scene.program.module.graph.nodes) / rates.steps
+def room_of(
+    scene: Scene, config: ConvertConfig, passes: Sequence[Pass[Any]], resident: float
+) -> Room:
+    """Memory and disk of a conversion whose process has ``resident`` bytes, weights among them."""
+    names = [p.name for p in passes]
+    each = _outputs(scene, config)
+    output = sum(each.values()) + scene.copied + _PAGE
+    # A target is written from one copy of its weights and compared in another.
+    emission = 3.0 * max(each.values())
+    memory = resident + max(_working(scene, names), emission)
+    return Room(memory, output, _state(scene, names))
 
 
 def _stored(scene: Scene) -> tuple[float, float, float]:
@@ -87,20 +86,24 @@ def _stored(scene: Scene) -> tuple[float, float, float]:
     return total, carved, linears
 
 
-def _output(scene: Scene, config: ConvertConfig) -> float:
-    """Bytes of all targets."""
+def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
+    """Bytes of every target."""
+    program = scene.program
     total, _, _ = _stored(scene)
-    bits = config.nominal_bits
+    bits = config.average_bits
     try:
-        sizes, _ = planned_sizes(scene.program, scene.splits, bits)
+        sizes, _ = planned_sizes(program, scene.splits, bits)
         own = sizes.host_bytes + sum(map(sum, sizes.nbytes))
     except UserError:  # nothing is carved
-        weights = sum(t.numel() for t in scene.program.module.parameters())
-        own = weights * (bits / 8 + 4 / BLOCK if bits < 16 else 4.0)
-    return sum(total if t in FOREIGN else own for t in config.targets) + 4e6
+        own = program.num_parameters * (bits / 8 + 4 / BLOCK if bits < 16 else 4.0)
+    if config.size is not None:
+        own = min(own, float(parse_size(config.size, "size")))
+    own += _NODE * len(program.module.graph.nodes)
+    own += _TENSOR * sum(1 for _ in program.module.parameters())
+    return {t: total if t in FOREIGN else own for t in config.targets}
 
 
-def _state(scene: Scene, config: ConvertConfig, names: Sequence[str]) -> float:
+def _state(scene: Scene, names: Sequence[str]) -> float:
     """Bytes of the states of all passes: each stores what it changed."""
     _, carved, linears = _stored(scene)
     down = sum(s.dense.down.nbytes for s, _ in scene.carved)
@@ -124,9 +127,9 @@ def _state(scene: Scene, config: ConvertConfig, names: Sequence[str]) -> float:
     return sum(each.get(n, 0.0) for n in names)
 
 
-def _memory(scene: Scene, config: ConvertConfig, names: Sequence[str]) -> float:
-    """Peak of resident bytes."""
-    total, carved, linears = _stored(scene)
+def _working(scene: Scene, names: Sequence[str]) -> float:
+    """Most bytes that passes hold at once, beside the weights that are there when they begin."""
+    _, carved, linears = _stored(scene)
     t = scene.layerwise
     widths = [s.dense.up.shape[1] for s in scene.program.sites]
     d, m = max(widths), max(s.dense.intermediate_size for s in scene.program.sites)
@@ -145,4 +148,4 @@ def _memory(scene: Scene, config: ConvertConfig, names: Sequence[str]) -> float:
     rewritten = carved * (2 if "quantize" in names else 1) + (
         linears if "quantize" in names else 0.0
     )
-    return _LOADED + total + rewritten + during + max(fitted, batch)
+    return rewritten + during + max(fitted, batch)

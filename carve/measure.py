@@ -42,7 +42,7 @@ def source_of(artifact: Artifact, override: str | None) -> Path:
 
 def evaluate_artifact(
     path: Path,
-    text: str | None,
+    texts: Sequence[str],
     dense: str | None,
     tokens: int,
     progress: Progress,
@@ -50,8 +50,9 @@ def evaluate_artifact(
 ) -> dict[str, Any]:
     """Perplexity, KL and top-1 agreement (encoders: cosine) of an artifact on held-out text.
 
-    The artifact runs in ``engine`` as it is shipped, the dense checkpoint in torch unquantized, so
-    the loss is that of carving and quantization together.
+    ``texts`` are files, taken as one text; without any it is the bundled text. The artifact runs in
+    ``engine`` as it is shipped, the dense checkpoint in torch unquantized, so the loss is that of
+    carving and quantization together.
 
     Raises:
         UserError: no such artifact or checkpoint, or an unreadable text.
@@ -65,13 +66,12 @@ def evaluate_artifact(
     from carve.parity import feeds_of
 
     artifact = Artifact.open(path)
+    text = "\n\n\n".join(read_text(t, "evaluation.txt") for t in texts or (None,))
     model = carve_runtime.load(path, engine=engine)
     source = source_of(artifact, dense)
     program = capture_checkpoint(source)
     length = min(512, model.max_length or 512)
-    batches = text_batches(
-        program, load_tokenizer(source), read_text(text, "evaluation.txt"), length, tokens
-    )
+    batches = text_batches(program, load_tokenizer(source), text, length, tokens)
     evaluator = Evaluator(program, list(progress(batches, "dense model")))
     names = set(program.inputs) | {"attention_mask"}
 

@@ -141,38 +141,11 @@ class _Job:
 
 
 def _convert_checkpoint(path: Path, job: _Job) -> Artifact | Stopped:
-    from carve.calibration import load_tokenizer, read_text, text_batches
-    from carve.capture import capture_checkpoint
-    from carve.checkpoint import Checkpoint
+    from carve.prepare import prepare
 
-    checkpoint, config = Checkpoint.open(path), job.config
-    program = capture_checkpoint(checkpoint)
-    if program.inputs[0] != "input_ids":
-        raise UserError(
-            "text",
-            f"{checkpoint.architecture} takes no text to calibrate on",
-            "convert it from Python: carve.convert(module, example=..., calibration=...)",
-        )
-    tokenizer = load_tokenizer(path)
-    _check_vocabulary(program, tokenizer.get_vocab_size())
-    length = min(config.length, program.max_length)
-    count = default_tokens(config, checkpoint.num_parameters)
-    text = read_text(config.calibration, "calibration.txt")
-    batches = text_batches(program, tokenizer, text, length, count.calibration)
-    text = read_text(config.evaluation, "evaluation.txt")
-    held = text_batches(program, tokenizer, text, length, count.final)
-    source = {"path": str(path), "sha256": checkpoint.sha256()}
-    return _Conversion(program, job, source).run(batches, held, path)
-
-
-def _check_vocabulary(program: Program, size: int) -> None:
-    vocabulary = program.config.get("vocab_size")
-    if isinstance(vocabulary, int) and size > vocabulary:
-        raise UserError(
-            "tokenizer",
-            f"the tokenizer has {size} entries, the model {vocabulary}",
-            "use the tokenizer that belongs to the model",
-        )
+    given = prepare(path, job.config)
+    source = {"path": str(path), "sha256": given.checkpoint.sha256()}
+    return _Conversion(given.program, job, source).run(given.batches, given.held, path)
 
 
 class _Conversion:
@@ -195,23 +168,21 @@ class _Conversion:
         from carve.arithmetic import as_emitted
         from carve.diagnosis import Diagnosis, costs
         from carve.engine_form import check_source
-        from carve.estimate import estimate
+        from carve.estimate import room_of
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
-        from carve.rates import Rates
         from carve.realised import realised
-        from carve.room import check_room, scene_of
+        from carve.room import check_room, resident, scene_of
         from carve.state import size_of
         from carve.targets import check_translation, emit_targets
 
         program = self.program
         check_source(program, self.config.targets)
         check_translation(program, self.config.targets, self.config.nominal_bits)
-        # Speed has no say in it, so none is measured.
-        scene = scene_of(program, self.config)
-        expected = estimate(scene, self.config, self.passes, Rates(1, 1, 1, 1, 1))
+        count = default_tokens(self.config, program.num_parameters)
+        scene = scene_of(program, self.config, count, batches, held, folder)
+        expected = room_of(scene, self.config, self.passes, resident())
         check_room(expected, self.out, size_of(self.job.folder))
-        count = scene.tokens
         results: list[PassResult] = []
         quality: dict[str, Any] | None = None
         found: dict[str, Any] = {"dense": costs(program), "layers": {}, "positions": {}}

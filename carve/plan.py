@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from carve.artifact import Artifact, disk_free
 from carve.config import ConvertConfig, build
 from carve.errors import UserError
-from carve.estimate import estimate
+from carve.estimate import room_of, seconds_of
 from carve.passes.place import PlaceConfig
 from carve.placement.devices import Devices, read_devices
 from carve.placement.place import place
@@ -69,13 +71,19 @@ def of_artifact(path: Path) -> tuple[Sizes, Trace]:
     return Sizes.parse(read_json(resolve_inside(root, SIZES)), trace), trace
 
 
-def foresee(path: Path, config: ConvertConfig, output: Path) -> dict[str, Any]:
+def foresee(
+    path: Path,
+    config: ConvertConfig,
+    output: Path,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """What converting a checkpoint will take on this machine, before anything long starts.
 
     Args:
         path: a Hugging Face directory.
         config: the settings.
         output: where the artifact would go.
+        clock: what seconds are measured by.
 
     Returns:
         ``feasible`` and ``reasons`` why not; ``parameters``, ``budget``; ``steps`` with what each
@@ -88,46 +96,54 @@ def foresee(path: Path, config: ConvertConfig, output: Path) -> dict[str, Any]:
     """
     import torch
 
-    from carve.capture import capture_checkpoint
     from carve.engine_form import check_source
     from carve.lineup import passes_of
+    from carve.prepare import prepare
     from carve.rates import Rates
-    from carve.room import lacking, memory_free, scene_of
+    from carve.room import lacking, memory_free, resident, scene_of
     from carve.settings import of_pass
+    from carve.targets import check_targets, check_translation, load_engines
 
-    program = capture_checkpoint(path)
-    check_source(program, config.targets)
+    check_targets(config.targets)
     passes = passes_of(config)
-    scene = scene_of(program, config)
-    found = estimate(scene, config, passes, Rates.measure())
+    described = None if config.devices is None else read_devices(config.devices)
+    began = clock()
+    given = prepare(path, config, clock)
+    load_engines(config.targets)
+    loading = clock() - began
+    program = given.program
+    check_source(program, config.targets)
+    check_translation(program, config.targets, config.nominal_bits)
+    scene = scene_of(program, config, given.asked, given.batches, given.held, path)
+    room = room_of(scene, config, passes, resident())
+    names = [p.name for p in passes]
+    rates = Rates.measure(scene, given.batches[0], names, given.tracing, clock)
+    seconds = {"load": loading, **seconds_of(scene, config, passes, rates)}
     what = {p.name: of_pass(p.name)[0] for p in passes}
-    reasons = lacking(found, output)
+    reasons = lacking(room, output)
     placed: dict[str, Any] = {}
-    if config.devices is not None:
+    if described is not None:
         given = {"seconds": 5.0, **config.passes.get("place", {}), "devices": config.devices}
         settings = build(PlaceConfig, "place", given)
         sizes, trace = planned_sizes(program, scene.splits, config.nominal_bits)
-        placed = _placed(read_devices(config.devices), sizes, trace, settings)
-    parameters = sum(p.numel() for p in program.module.parameters())
+        placed = _placed(described, sizes, trace, settings)
     return {
         "feasible": not reasons,
         "reasons": reasons,
-        "parameters": parameters,
+        "parameters": program.num_parameters,
         "macs": program.dense_macs,
         "budget": config.budget,
         "ffn_active": config.ffn_active,
         "tokens": asdict(scene.tokens),
-        "steps": [
-            {"name": n, "does": what.get(n, ""), "seconds": s} for n, s in found.seconds.items()
-        ],
+        "steps": [{"name": n, "does": what.get(n, ""), "seconds": s} for n, s in seconds.items()],
         "passes": [p.name for p in passes],
-        "seconds": found.total_seconds,
+        "seconds": sum(seconds.values()),
         "threads": torch.get_num_threads(),
-        "peak_memory": found.memory,
+        "peak_memory": room.memory,
         "memory_free": memory_free(),
-        "output": found.output,
-        "state": found.state,
-        "disk": found.disk,
+        "output": room.output,
+        "state": room.state,
+        "disk": room.disk,
         "disk_free": float(disk_free(output)),
         **placed,
     }

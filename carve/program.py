@@ -126,6 +126,11 @@ class Program:
         return 2048
 
     @property
+    def num_parameters(self) -> int:
+        """Weights of the program as it stands; tied ones count once."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
     def dense_macs(self) -> int:
         """Multiply-accumulates of the dense program's blocks for one token."""
         return self.attention_macs + sum(s.dense.macs for s in self.sites)

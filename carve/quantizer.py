@@ -30,6 +30,10 @@ class Method:
     sweeps: int = 4
     damping: float = 0.01
 
+    def sweeps_of(self, columns: int) -> int:
+        """Sweeps that a matrix of so many columns gets."""
+        return -(-self.sweeps // 2) if columns > _WIDE else self.sweeps
+
 
 RTN = Method(search=False, gptq=False, sweeps=0)
 GPTQ = Method(search=False, gptq=True, sweeps=0)
@@ -78,8 +82,7 @@ def solve(
     scale = _scales(weight, diagonal, top, block, search=method.search)
     start = (weight, scale, top, block)
     z = _gptq(*start, g) if method.gptq else _nearest(*start)
-    wide = weight.shape[-1] > _WIDE
-    _descend(weight, g, z, scale, top, block, -(-method.sweeps // 2) if wide else method.sweeps)
+    _descend(weight, g, z, scale, top, block, method.sweeps_of(weight.shape[-1]))
     return z, scale
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from carve import artifact as art
 from carve.budget import plan_widths
+from carve.calibration import Batch
+from carve.checkpoint import TOKENIZER_FILES
 from carve.config import ConvertConfig
+from carve.engine_form import FOREIGN
 from carve.errors import UserError
-from carve.estimate import Estimate
-from carve.lineup import default_tokens, request_of
+from carve.estimate import Room
+from carve.lineup import Tokens, request_of
+from carve.passbase import peak_rss_mb
 from carve.program import Program
 from carve.workload import Scene
 
@@ -19,29 +27,64 @@ _TRUST = 0.7
 """Share of the estimated memory that surely is needed: what lies between is the user's to try."""
 
 
-def scene_of(program: Program, config: ConvertConfig) -> Scene:
-    """The program with uniform widths, as they are before the allocation.
+def scene_of(
+    program: Program,
+    config: ConvertConfig,
+    asked: Tokens,
+    batches: Sequence[Batch],
+    held: Sequence[Batch],
+    folder: Path | None = None,
+) -> Scene:
+    """The program with uniform widths, as they are before the allocation, and its texts' sizes.
+
+    ``folder`` is the checkpoint, whose tokenizer an artifact takes over.
 
     Raises:
         UserError: no widths answer the request.
     """
     request, skips = request_of(program, config)
     widths = {} if config.is_dense else plan_widths(program, request, skips)
-    parameters = sum(p.numel() for p in program.module.parameters())
-    tokens = default_tokens(config, parameters)
-    return Scene(program, widths, tokens, min(config.length, program.max_length))
+    seen, final = _positions(batches), _positions(held)
+    tokens = Tokens(seen, final, min(final, asked.after_pass), min(seen, asked.judge))
+    rows, length = _shape(batches[0].inputs[0])
+    copied = 0.0 if folder is None else _tokenizer_size(folder)
+    copied *= 1 + sum(t in FOREIGN for t in config.targets)
+    return Scene(program, widths, tokens, length, rows, tuple(skips), copied)
+
+
+def _tokenizer_size(folder: Path) -> float:
+    files = [folder / n for n in TOKENIZER_FILES]
+    return float(sum(f.stat().st_size for f in files if f.is_file()))
+
+
+def _shape(inputs: Tensor) -> tuple[int, int]:
+    """Rows of a batch, and positions of a row; vectors have one."""
+    return inputs.shape[0], inputs.shape[1] if inputs.ndim > 1 else 1
+
+
+def _positions(batches: Sequence[Batch]) -> int:
+    """All positions of some batches, padding as well, for it is computed like text."""
+    return sum(math.prod(_shape(b.inputs[0])) for b in batches)
+
+
+def resident() -> float:
+    """Bytes of memory that this process has."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_rss_mb() * 2**20
+    return float(pages * resource.getpagesize())
 
 
 def memory_free() -> float:
     """Bytes of memory that this process may still take, its own counted."""
-    pages = resource.getpagesize()
+    pages, own = resource.getpagesize(), resident()
     try:
-        own = int(Path("/proc/self/statm").read_text().split()[1]) * pages
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(n.split()[1]) << 10 for n in lines if n.startswith("MemAvailable:"))
     except (OSError, ValueError, StopIteration):
         return float(os.sysconf("SC_PHYS_PAGES") * pages)
-    limits = [float(free + own)]
+    limits = [free + own]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(name).read_text().strip() if Path(name).is_file() else "max"
         if text.isdigit():
@@ -49,7 +92,7 @@ def memory_free() -> float:
     return min(limits)
 
 
-def lacking(found: Estimate, output: Path, stored: float = 0.0) -> list[str]:
+def lacking(found: Room, output: Path, stored: float = 0.0) -> list[str]:
     """What is too little, in words; ``stored`` bytes of the state are there already."""
     reasons = []
     free, disk = memory_free(), art.disk_free(output)
@@ -64,7 +107,7 @@ def lacking(found: Estimate, output: Path, stored: float = 0.0) -> list[str]:
     return reasons
 
 
-def check_room(found: Estimate, output: Path, stored: float = 0.0) -> None:
+def check_room(found: Room, output: Path, stored: float = 0.0) -> None:
     """Refuse to start what will not fit.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,22 @@ def check_translation(program: Program, names: Sequence[str], bits: int) -> None
         translate(program, bits, processor(name))
 
 
+def load_engines(names: Sequence[str]) -> None:
+    """Import what emitting these targets takes; it is most of the time that a small model needs."""
+    from carve.emit.tvm.names import PREFIX
+
+    modules = {"carve.parity"}
+    for name in names:
+        if name in FOREIGN:
+            modules |= {"carve.emit.hf", "carve.hf_parity"}
+        elif name.startswith(PREFIX):
+            modules |= {"carve.emit.tvm.emit", "carve_runtime.tvm_engine"}
+        else:
+            modules |= {"carve.emit.split", "carve.emulation", "onnxscript", "onnxruntime"}
+    for name in sorted(modules):
+        importlib.import_module(name)
+
+
 @dataclass(frozen=True)
 class Emission:
     """A target's ``folder``, the ``model`` as the manifest names it, and the report's record.
@@ -86,10 +103,11 @@ def emit_targets(
         UserError: a target cannot hold the program.
         CarveError: an operator has no translation, or a target differs from the program.
     """
+    from carve.calibration import head_of
     from carve.emit.tvm.names import PREFIX
     from carve.passbase import peak_rss_mb
 
-    prompts = [_head(program, b) for b in (held[0], held[len(held) // 2])]
+    prompts = [head_of(program, b) for b in (held[0], held[len(held) // 2])]
     found = {}
     for name in dict.fromkeys(names):
         began = time.monotonic()
@@ -226,11 +244,3 @@ def _split(
     )
     metrics = {"parity": asdict(found), "locality": asdict(measured)}
     return "split", emitted.path.name, emitted.shared_cache, metrics
-
-
-def _head(program: Program, batch: Batch, rows: int = 2, tokens: int = 24) -> tuple[Tensor, ...]:
-    """A small prompt from a held-out batch."""
-    if program.kind == "decoder":
-        ids, position = (t[:rows, :tokens].contiguous() for t in batch.inputs[:2])
-        return (ids, position, *program.empty_cache(len(ids)))
-    return tuple(t[:rows] for t in batch.inputs)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from carve.budget import Split
-from carve.lineup import LAYER_TOKENS, Tokens
+from carve.diagnosis import LAYER_TOKENS, STREAM_TOKENS
+from carve.engine_form import FOREIGN
+from carve.lineup import LAYER_TOKENS as SEEN
+from carve.lineup import Tokens
 from carve.passbase import Pass
 from carve.program import Program
+from carve.quantizer import Method
 from carve.rates import Work
 from carve.sites import FFNSite
+from carve.skip_cost import candidates
 
+TRACES = 4
+"""Times that emitting runs over the graph as capturing does: `torch.onnx` captures it once more,
+decomposes it, which traces it again, forward and with all its guards, and then translates it."""
 _STRENGTHS = 4
 """Ridge strengths that `carve.statistics.pulled_ridge` is given by its callers."""
 
@@ -21,7 +30,8 @@ _STRENGTHS = 4
 class Scene:
     """A program, the widths that are planned for it, and tokens for all of it.
 
-    ``length``: of a row; ``rows``: of a batch.
+    ``length``: of a row; ``rows``: of a batch; ``gated``: blocks that are to have gates;
+    ``copied``: bytes of files that the artifact takes over.
     """
 
     program: Program
@@ -29,11 +39,13 @@ class Scene:
     tokens: Tokens
     length: int
     rows: int = 8
+    gated: Sequence[str] = ()
+    copied: float = 0.0
 
     @property
     def layerwise(self) -> int:
         """Tokens that layer-wise passes see."""
-        return min(self.tokens.calibration, LAYER_TOKENS)
+        return min(self.tokens.calibration, SEEN)
 
     @property
     def vocabulary(self) -> int:
@@ -49,16 +61,9 @@ class Scene:
         return [(s, split) for s, split in found if split is not None]
 
     def body(self, tokens: float) -> Work:
-        """A forward pass without the head, dense FFNs."""
-        p = self.program
-        width = max((s.dense.up.shape[1] for s in p.sites), default=0)
-        macs = sum(s.dense.macs for s in p.sites) + p.attention_macs
-        scores = len(p.attention) * self.length * width
-        hidden = sum(s.dense.intermediate_size for s in p.sites)
-        seen = 3 * hidden + len(p.sites) * 12 * width + len(p.attention) * 4 * self.length
-        runs = max(1.0, tokens / (self.rows * self.length))
-        steps = runs * len(p.module.graph.nodes)
-        return Work(products=tokens * (macs + scores), elements=tokens * seen, steps=steps)
+        """A forward pass without the head; what stands for FFNs takes what the dense ones do."""
+        runs = math.ceil(tokens / (self.rows * self.length))
+        return Work(positions=tokens, runs=runs) + self.head(tokens) * -1.0
 
     def head(self, tokens: float) -> Work:
         """The head's product."""
@@ -72,6 +77,15 @@ class Scene:
     def judged(self, tokens: float) -> Work:
         """A forward pass and the comparison with the dense logits."""
         return self.forward(tokens) + Work(elements=12 * tokens * self.vocabulary)
+
+    def emulated(self, tokens: float) -> Work:
+        """What rounding of weights and activations adds to a forward pass."""
+        sizes = [n.weight.shape for n in self.program.linears]
+        for s in self.program.sites:
+            sizes += [t.shape for t in s.dense.tensors().values() if t.ndim == 2]
+        runs = math.ceil(tokens / (self.rows * self.length))
+        each = 8 * tokens * sum(k for _, k in sizes) + 4 * runs * sum(n * k for n, k in sizes)
+        return Work(elements=each, steps=20 * runs * len(sizes))
 
 
 def _gram(tokens: float, width: float) -> Work:
@@ -97,7 +111,8 @@ def _refit_down(site: FFNSite, split: Split, tokens: float) -> Work:
 
 def _walk(scene: Scene, tokens: float) -> Work:
     """Two copies of the text, side by side."""
-    return scene.body(tokens) * 2 + Work(elements=8 * tokens * len(scene.program.sites) * 256)
+    width = scene.program.sites[0].dense.down.shape[0]
+    return scene.body(tokens) * 2 + Work(elements=8 * tokens * len(scene.program.sites) * width)
 
 
 def _profile(scene: Scene, p: Pass[Any]) -> Work:
@@ -113,6 +128,9 @@ def _profile(scene: Scene, p: Pass[Any]) -> Work:
 def _allocate(scene: Scene, p: Pass[Any]) -> Work:
     t = min(scene.layerwise, p.config.tokens)
     work = Work()
+    if p.config.skip:
+        blocks = len(candidates(scene.program))
+        work += _fit_gates(scene, t, blocks) + scene.judged(scene.tokens.judge) * blocks
     for s in scene.program.sites:
         m, kept = s.dense.intermediate_size, p.config.probe * s.dense.intermediate_size
         hidden = s.dense.macs - s.dense.down.numel()
@@ -158,12 +176,10 @@ def _refit(scene: Scene, p: Pass[Any]) -> Work:
 def _distill(scene: Scene, p: Pass[Any]) -> Work:
     work = _refit(scene, p)
     steps = int(p.config.steps_for([s.dense.macs for s, _ in scene.carved]))
+    batch = min(p.config.batch, scene.layerwise)
     for s, _ in scene.carved:
-        m, weights = s.dense.intermediate_size, s.dense.macs
-        batch = min(p.config.batch, scene.layerwise)
-        # Forward and backward; activations; and Adam on every weight.
-        elements = 30.0 * batch * m + 14.0 * weights
-        work += Work(training=3.0 * batch * weights, elements=elements, steps=150) * steps
+        weights = s.dense.macs
+        work += Work(training=batch * weights, updates=weights) * steps
         work += Work(products=3 * scene.layerwise / 20 * weights)
     return work
 
@@ -171,50 +187,68 @@ def _distill(scene: Scene, p: Pass[Any]) -> Work:
 def _finetune(scene: Scene, p: Pass[Any]) -> Work:
     t = float(p.config.tokens)
     weights = sum(s.dense.macs for s, _ in scene.carved)
-    batches = t / (scene.rows * scene.length)
-    forward = scene.forward(t)
-    backward = Work(training=2 * (forward.products + t * weights), elements=4 * forward.elements)
-    dense = Work(training=forward.products, elements=forward.elements, steps=forward.steps)
+    updates = weights * t / (scene.rows * scene.length)
     loss = Work(elements=20.0 * t * scene.vocabulary)
-    adam = Work(elements=14.0 * weights * batches)
-    return dense * 2 + backward + loss + adam
+    # The dense program runs beside; what is not trained passes gradients on all the same.
+    training = Work(training=t * scene.program.num_parameters, updates=updates)
+    return scene.forward(t) + training + loss
 
 
 def _quantize(scene: Scene, p: Pass[Any]) -> Work:
+    from carve.passes.quantize import METHODS
+
+    method = METHODS[p.config.method].method
+    if p.config.method == "carve":
+        method = replace(method, sweeps=p.config.sweeps)
     t = min(scene.layerwise, p.config.tokens)
-    sweeps = p.config.sweeps
-    work = scene.body(t) * 2
+    work = scene.body(t) * 2 + scene.emulated(t)
     logits = scene.program.module.graph.output_node().args[0]
     first = logits[0] if isinstance(logits, (tuple, list)) else logits
+    ffns = {s.output for s in scene.program.sites}
     for unit in scene.program.linears:
         n, k = unit.weight.shape
-        if unit.output in {s.output for s in scene.program.sites}:
+        if unit.output in ffns:
             continue
-        work += _rounding(t, n, k, sweeps)
-        if unit.output is first:
-            groups = min(64, 16_384 // k, n // 32)
-            work += _gram(t, k) * groups + Work(elements=6 * t * n) + _roots(k) * (2 * groups)
+        groups = min(64, 16_384 // k, n // 32) if unit.output is first and method.sweeps else 1
+        work += _fitted(t, n, k) + _rounding(n, k, method, max(1, groups))
+        if groups > 1:
+            work += _gram(t, k) * groups + Work(elements=6 * t * n)
     for s, split in scene.carved:
         d, m, e = s.dense.up.shape[1], s.dense.intermediate_size, split.num_experts
         into = s.dense.macs // s.dense.down.numel() - 1
-        work += _rounding(t, into * split.shared_size, d, sweeps)
-        each = _rounding(t * split.top_k / e, into * split.expert_size, d, sweeps)
-        work += each * e + _rounding(t, d, m + e + 1, sweeps)
+        # In-projections are corrected by what the inputs were: two Gram matrices.
+        work += _gram(t, d) * 2 + _corrected(d, into * split.shared_size)
+        work += _rounding(into * split.shared_size, d, method)
+        own = _gram(t * split.top_k / e, d) * 2 + _corrected(d, into * split.expert_size)
+        work += (own + _rounding(into * split.expert_size, d, method)) * e
+        work += _fitted(t, d, m + e + 1) + _rounding(d, m, method)
         hidden = s.dense.macs - s.dense.down.numel()
-        work += Work(products=6 * t * hidden, elements=40 * t * (m + d))
+        work += Work(products=6 * t * hidden, elements=30 * t * (m + d))
+        # Every expert is looked at with both roundings and with each.
+        work += Work(products=5 * 512 * e * s.dense.macs / m * split.expert_size, steps=200 * e)
     return work
 
 
-def _roots(width: float) -> Work:
-    return Work(products=width**3)
-
-
-def _rounding(tokens: float, rows: float, width: float, sweeps: int) -> Work:
-    """One matrix: moments, correction, GPTQ and coordinate descent."""
+def _fitted(tokens: float, rows: float, width: float) -> Work:
+    """Moments of a matrix's inputs and targets, and its closed form."""
     moments = _gram(tokens, width) + Work(products=tokens * rows * width)
-    descent = Work(products=(1 + sweeps) * rows * width * width)
-    search = Work(elements=400 * rows * width, steps=width * (12 + 12 * sweeps))
-    return moments + _ridge(width, rows, _STRENGTHS) + descent + search + _roots(width)
+    return moments + Work(elements=10 * tokens * width) + _ridge(width, rows, _STRENGTHS)
+
+
+def _corrected(width: float, rows: float) -> Work:
+    """One solve of `carve.statistics.pulled_towards`, and the products around it."""
+    solving = width**3 / 3 + 2 * width * width * rows
+    return Work(solving=solving, products=3 * width * width * rows)
+
+
+def _rounding(rows: float, width: float, method: Method, groups: int = 1) -> Work:
+    """`carve.quantize_units.round_matrices`, for ``groups`` of the rows apart."""
+    sweeps = method.sweeps_of(int(width))
+    visits = (1 if method.gptq else 0) + sweeps
+    # Errors by the Gram matrix, of both ways to round, and what panels do to one another.
+    products = (2 + sweeps) * rows * width * width + width**3 * groups
+    rounding = Work(columns=width * visits * groups, rounding=rows * width * visits)
+    return rounding + Work(products=products, elements=40 * rows * width, steps=300 * groups)
 
 
 def _compensate(scene: Scene, p: Pass[Any]) -> Work:
@@ -223,6 +257,32 @@ def _compensate(scene: Scene, p: Pass[Any]) -> Work:
     for s, _ in scene.carved:
         work += Work(products=3 * t * s.dense.macs) + scene.judged(scene.tokens.judge)
     return work
+
+
+def _fit_gates(scene: Scene, tokens: float, blocks: int) -> Work:
+    """A walk over blocks, with bridge and scores of each fitted."""
+    d = scene.program.sites[0].dense.up.shape[1]
+    fit = _gram(tokens, d) * 4 + Work(solving=4 * d**3, elements=40 * tokens * d)
+    return scene.body(tokens) * 2 + fit * blocks
+
+
+def _gate(scene: Scene, p: Pass[Any]) -> Work:
+    return _fit_gates(scene, min(scene.layerwise, p.config.tokens), len(scene.gated))
+
+
+def _place_gates(scene: Scene, p: Pass[Any]) -> Work:
+    if p.config.blocks == "deep":
+        return Work()
+    blocks = len(candidates(scene.program))
+    work = _fit_gates(scene, min(scene.layerwise, p.config.tokens), blocks)
+    return work + scene.judged(scene.tokens.judge) * blocks
+
+
+def _choose_widths(scene: Scene, p: Pass[Any]) -> Work:
+    program = scene.program
+    tokens = p.config.tokens or min(2_048.0, max(128.0, 2e10 / program.num_parameters))
+    units = len({n.input for n in program.linears}) + 2 * len(scene.carved)
+    return scene.judged(tokens) * (1 + units * len(p.config.probes))
 
 
 COUNTED: dict[str, Callable[[Scene, Pass[Any]], Work]] = {
@@ -236,6 +296,9 @@ COUNTED: dict[str, Callable[[Scene, Pass[Any]], Work]] = {
     "distill": _distill,
     "finetune": _finetune,
     "quantize": _quantize,
+    "gate": _gate,
+    "place_gates": _place_gates,
+    "choose_widths": _choose_widths,
 }
 """Passes whose work is counted; the others are short beside them, or searches with a limit."""
 
@@ -243,12 +306,28 @@ COUNTED: dict[str, Callable[[Scene, Pass[Any]], Work]] = {
 def around(scene: Scene, passes: Sequence[str]) -> dict[str, Work]:
     """What a conversion does besides its passes' own work: after each, before them and at last."""
     t = scene.tokens
-    streams = min(256, t.after_pass)
-    layers = scene.judged(min(1024, t.after_pass)) * (len(scene.program.sites) + 1)
-    use = scene.body(min(t.final, 4 * scene.rows * scene.length))
+    streams = min(STREAM_TOKENS, t.after_pass)
+    layers = min(LAYER_TOKENS, t.after_pass) * (len(scene.program.sites) + 1)
+    use = min(t.final, 4 * scene.rows * scene.length)
+    rounded = len(passes) - passes.index("quantize") if "quantize" in passes else 0
+    last = scene.judged(t.final) + scene.body(use) + scene.judged(layers)
     return {
         "calibration": scene.forward(scene.layerwise),
         "dense model": scene.judged(t.final) + scene.judged(t.judge),
-        "after each pass": (scene.judged(t.after_pass) + scene.body(streams)) * len(passes),
-        "held-out text": scene.judged(t.final) + use + layers,
+        "after each pass": (scene.judged(t.after_pass) + scene.body(streams)) * len(passes)
+        + scene.emulated(t.after_pass + streams) * rounded,
+        "held-out text": last + scene.emulated(t.final + use + layers) * bool(rounded),
     }
+
+
+def emitting(scene: Scene, target: str) -> Work:
+    """Translation of the graph, its weights, and the comparison with the program."""
+    weights = scene.program.num_parameters
+    work = Work(traces=0 if target in FOREIGN else TRACES, elements=20.0 * weights)
+    work += scene.forward(48) * 6 + scene.emulated(48) * 6
+    if target == "onnx-split":
+        # Which experts each layer takes, and predictors of it.
+        d = scene.program.sites[0].dense.up.shape[1]
+        work += scene.body(scene.tokens.calibration + scene.tokens.final)
+        work += (_gram(scene.tokens.calibration, d) + Work(solving=d**3)) * len(scene.carved)
+    return work

@@ -302,7 +302,16 @@ def save_checkpoint(folder: Path, vocab: int = 300, layers: int = LAYERS) -> Pat
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    model = jitter(hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)))
-    model.save_pretrained(folder)
+    return _save(hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)), folder, vocab)
+
+
+def save_encoder(folder: Path, vocab: int = 300) -> Path:
+    """A BERT on disk with the same tokenizer."""
+    torch.manual_seed(0)
+    return _save(hf.BertModel(hf.BertConfig(**{**_COMMON, "vocab_size": vocab})), folder, vocab)
+
+
+def _save(model: Any, folder: Path, vocab: int) -> Path:
+    jitter(model).save_pretrained(folder)
     make_tokenizer(vocab).save(str(folder / "tokenizer.json"))
     return folder

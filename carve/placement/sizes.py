@@ -106,7 +106,7 @@ def _macs(r: RoutedFFN, width: int) -> float:
 
 
 def planned_sizes(
-    program: Program, splits: Mapping[str, Split | None], bits: int
+    program: Program, splits: Mapping[str, Split | None], bits: float
 ) -> tuple[Sizes, Trace]:
     """Sizes of a dense program that is to be carved so, and a trace of equal loads."""
     per = bits / 8 + 4 / BLOCK if bits < 16 else 4.0
@@ -120,7 +120,8 @@ def planned_sizes(
     tables = {w.weight.data_ptr(): w.weight for w in program.lookups if large_table(w.weight)}
     # A table is 8 bits, and a head that shares its weights has its own.
     own = sum(t.numel() for t in tables.values()) if bits < 16 else 0
-    rest = sum(p.numel() for p in program.module.parameters()) - moved - own
+    tied = sum(n.weight.numel() for n in program.linears if n.weight.data_ptr() in tables)
+    rest = program.num_parameters - moved - own + (tied if own else 0)
     sizes = Sizes(
         [[n * per] * split.num_experts for n, (_, split) in zip(one, carved, strict=True)],
         [[n] * split.num_experts for n, (_, split) in zip(one, carved, strict=True)],

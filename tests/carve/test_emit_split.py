@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,43 +293,3 @@ def test_a_shut_gate_reads_no_expert(captured: Get, tmp_path: Path) -> None:
     engine.run_values(["logits"], feeds)
     assert engine.experts.stats.hits > before
     engine.close()
-
-
-def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "a"
-    settings = ["tokens=2000", "eval_tokens=500", "length=64", "num_experts=6", "top_k=2"]
-    argv = [v for s in settings for v in ("--set", f"convert.{s}")]
-    argv += ["--set", "carve.tokens=512", "--set", "quantize.method=rtn", "--json"]
-    argv += ["--budget", "0.7", "--effort", "none", "--target", "onnx-cpu,onnx-split"]
-    assert cli.main(["convert", str(checkpoint), "-o", str(out), *argv]) == 0
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert set(manifest["targets"]) == {"onnx-cpu", "onnx-split"}
-    report = json.loads((out / "report.json").read_text())
-    record = report["passes"][-1]
-    assert record["name"] == "emit onnx-split"
-    assert record["metrics"]["locality"]["hit_rate"]["50%"]["belady"] > 0
-    capsys.readouterr()
-
-    def run(*more: str) -> tuple[int, dict[str, object], str]:
-        common = ["run", str(out), "--prompt", "The ", "--max-tokens", "30", "--threads", "1"]
-        code = cli.main([*common, "--json", *more])
-        text, err = capsys.readouterr()
-        return code, json.loads(text), err
-
-    want = run()[1]["text"]
-    code, limited, _ = run("--memory", "4MB", "--stats")
-    assert (code, limited["text"]) == (0, want)
-    experts = limited["experts"]
-    assert isinstance(experts, dict)
-    assert 0 < experts["hit_rate"] <= 1
-    assert run("--shards", "3")[1]["text"] == want
-    code, _, err = run("--memory", "10KB")
-    assert code == 2 and "at least" in err and "Traceback" not in err
-    code, both, _ = run("--memory", "4MB", "--shards", "2", "--stats")
-    assert (code, both["text"]) == (0, want)
-    assert isinstance(both["experts"], dict)
-    assert both["experts"]["tokens"] == experts["tokens"]
-    assert cli.main(["run", str(out), "--prompt", "a", "--memory", "4MB", "--stats"]) == 0
-    assert "hit_rate" in capsys.readouterr().err
-    with carve_runtime.load(out, target="onnx-split", threads=1) as model:
-        assert model.generate("The ", max_new_tokens=30).text == want

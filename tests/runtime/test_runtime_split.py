@@ -326,8 +326,10 @@ def test_killed_process_is_said_clearly(split: dict[int, Path]) -> None:
 
 
 _HOLDER = """
-import sys, time
+import signal, sys, time
 import carve_runtime
+# Where the tests run behind a shell's ``&``, interrupts come ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model = carve_runtime.load(sys.argv[1], shards=3, threads=1)
 print(*model._engine.experts.pids, flush=True)
 for _ in model.stream([3], max_new_tokens=500): pass
