@@ -14,7 +14,7 @@ from carve.arithmetic import Precision, grids_of, rounded
 from carve.budget import Widths
 from carve.calibration import limit_batches
 from carve.codec import settled
-from carve.dialect import hidden, linear_rule, select
+from carve.dialect import hidden, linear_rule
 from carve.errors import UserError
 from carve.ffn import RoutedFFN
 from carve.grid import BLOCK, TABLE_BITS, Grid, in_blocks, large_table
@@ -22,10 +22,9 @@ from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
 from carve.quantize_units import Rounding, folds, round_ffn, round_linear, sorted_neurons
 from carve.quantizer import GPTQ, RTN, Method
+from carve.realign import agreement, realigned
 from carve.sites import FFNSite, Linear, Lookup
-from carve.statistics import ridge
 from carve.storable import storable
-from carve.tuning import calibrated
 from carve.twin import UnitLesson, twin_walk
 
 _PLAIN = Rounding(
@@ -51,8 +50,9 @@ class QuantizeConfig:
     `carve.passes.Smooth` before). ``tokens``: calibration tokens. ``prior``: pseudo-tokens,
     as a share of the input width, by which an expert leans on what all tokens show. ``sweeps``:
     rounds of coordinate descent on levels and scales. ``realign``: fit the routers again
-    to what quantized inputs they see, where held-out agreement gets better. ``block``: weights a
-    scale, 32, or 128 where all widths of a unit are multiples of it (4.25 bits a weight, not 5).
+    to what quantized inputs they see, where held-out agreement gets better; ``realign_steps``: of
+    the fit by divergence that follows the ridge regression, 0 for none. ``block``: weights a scale,
+    32, or 128 where all widths of a unit are multiples of it (4.25 bits a weight, not 5).
     """
 
     method: str = "carve"
@@ -60,6 +60,7 @@ class QuantizeConfig:
     prior: float = 0.5
     sweeps: int = 4
     realign: bool = True
+    realign_steps: int = 30
     block: int = BLOCK
 
 
@@ -89,7 +90,9 @@ class QuantizeMetrics:
     one before quantization, ``agreement_clean`` with the router given the inputs as they were;
     ``jaccard``: mean overlap of the sets; ``margin``: median distance of a flipped score from
     where it decides, over the scores' own spread; ``realigned``: whether the router was fitted
-    again. ``effective_bits``: size of levels and scales over the number of weights.
+    again; ``alignment``: agreement with the router as it was (``former``), after ``ridge`` and
+    after ``kl``, where they were tried. ``effective_bits``: size of levels and scales over the
+    number of weights.
     """
 
     bits: dict[str, int] = field(default_factory=dict)
@@ -100,6 +103,7 @@ class QuantizeMetrics:
     jaccard: dict[str, float] = field(default_factory=dict)
     margin: dict[str, float] = field(default_factory=dict)
     realigned: dict[str, bool] = field(default_factory=dict)
+    alignment: dict[str, dict[str, float]] = field(default_factory=dict)
     effective_bits: list[float] = field(default_factory=list)
 
 
@@ -109,9 +113,9 @@ class Quantize(Pass[QuantizeConfig]):
     Two copies of the calibration text run side by side (`carve.twin`), one through the program as
     it was, one through the rounded program in the arithmetic of the target (`carve.arithmetic`):
     block-wise int8 activations and signed scales. How one unit is rounded: `carve.quantize_units`
-    and `carve.quantizer`. Routers stay fp32 and are realigned by ridge regression to the scores
-    they had (EAQuant, arXiv 2506.13329, for the idea), accepted only if the set of experts is the
-    former one on more held-out tokens. Tables of embeddings are rounded to the nearest of 8 bits.
+    and `carve.quantizer`. Routers stay fp32 and are realigned (`carve.realign`), accepted only if
+    the set of experts is the former one on more held-out tokens. Tables of embeddings are rounded
+    to the nearest of 8 bits.
 
     Linears whose rows are no whole blocks stay as they are, and so do routed FFNs with any such
     width, which are rounded to the nearest of 8 bits where they can be as they are written.
@@ -240,11 +244,14 @@ class Quantize(Pass[QuantizeConfig]):
         """The FFN on its grids, put in place, and by field of `QuantizeMetrics` how it fares."""
         before = site.routed
         assert before is not None
-        routed = sorted_neurons(before, lesson.x) if how.sort else before
         held = folds(len(lesson.x))[1]
-        found: dict[str, Any] = {}
+        routed, found = before, dict[str, Any]()
         if self.config.realign and self.config.method == "carve":
-            routed, found["realigned"] = realigned(routed, before, lesson)
+            fit = realigned(before, lesson.x, lesson.reference, steps=self.config.realign_steps)
+            routed = fit.routed
+            found["realigned"], found["alignment"] = routed is not before, fit.agreement
+        if how.sort:
+            routed = sorted_neurons(routed, lesson.x)
         # Weights on grids are known by where they lie, so they may not move any more.
         new = settled(round_ffn(routed, lesson, widths.shared, widths.experts, how))
         program.set_routed(site, new)
@@ -265,35 +272,6 @@ class Quantize(Pass[QuantizeConfig]):
 
 def _relative(y: Tensor, target: Tensor) -> float:
     return float((y - target).square().sum() / target.square().sum().clamp_min(1e-30))
-
-
-def agreement(got: Tensor, want: Tensor) -> float:
-    """Share of tokens with exactly the same experts; masks ``[T, E]``."""
-    return float((got == want).all(1).float().mean())
-
-
-def realigned(
-    routed: RoutedFFN, before: RoutedFFN, lesson: UnitLesson, strength: float = 1e-2
-) -> tuple[RoutedFFN, bool]:
-    """The FFN with a router that gives on quantized inputs the scores it gave, if it agrees more.
-
-    ``min |X W' + b' - Z|^2`` by ridge regression on four fifths of the tokens, ``X`` ``[T, d]`` the
-    inputs now and ``Z`` ``[T, E]`` the former scores; with a threshold, it is set anew so that as
-    many experts a token are on. Judged on the other fifth by the share of tokens whose set of
-    experts is the former one.
-    """
-    if routed.router_gate is not None:
-        return routed, False
-    fit, held = folds(len(lesson.x))
-    scores = before.logits(lesson.reference)
-    w, b = ridge(lesson.x[fit], scores[fit], strength)
-    want = select(scores, before.top_k, before.dynamic)
-    new = replace(routed, router=w, router_bias=b)
-    new = calibrated(new, lesson.x[fit], float(want[fit].sum(1).float().mean()))
-    x, goal = lesson.x[held], want[held]
-    if agreement(new.chosen(x), goal) > agreement(routed.chosen(x), goal):
-        return new, True
-    return routed, False
 
 
 def _margin(routed: RoutedFFN, x: Tensor, flipped: Tensor) -> float:

@@ -10,7 +10,8 @@ method from that same state, calibrated on the same text and run in the emulated
 onnxruntime on the same held-out text. ``loss`` is the increase of log-perplexity over the routed
 model before quantization (1 - cosine for an encoder), ``kl`` the divergence from it, ``same
 experts`` the share of held-out calibration tokens with the former set of experts (the layers'
-median). Medians over the seeds, with their range.
+median). Medians over the seeds, with their range; below, the loss of few calibration tokens over
+that of all, seed by seed.
 """
 
 from __future__ import annotations
@@ -151,6 +152,26 @@ def summary(done: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
+def starved(done: list[dict[str, Any]]) -> list[str]:
+    """A line for each method that was run with few tokens as well as with all."""
+    pairs = {
+        "carve": ("int4 carve, 2K tokens", "int4 carve"),
+        "GPTQ": ("int4 GPTQ own, 2K tokens", "int4 GPTQ, own Hessians"),
+    }
+    losses = {(d["method"], d["seed"]): d["loss"] for d in done}
+    lines = []
+    for name, (few, full) in pairs.items():
+        ratios = [
+            v / losses[full, seed]
+            for (method, seed), v in losses.items()
+            if method == few and (full, seed) in losses
+        ]
+        if ratios:
+            shown = ", ".join(f"{r:.2f}" for r in ratios)
+            lines.append(f"{name}: loss of 2K tokens over that of all: {shown}")
+    return lines
+
+
 def main() -> None:
     """Run every method at every seed, then print the table."""
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -184,7 +205,7 @@ def main() -> None:
             done.append({"seed": seed, "method": name, **figures})
             if args.json:
                 args.json.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    print(summary(done))
+    print("\n".join([summary(done), *starved(done)]))
 
 
 if __name__ == "__main__":

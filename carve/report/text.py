@@ -146,6 +146,7 @@ def _widths(report: dict[str, Any]) -> list[str]:
         )
     if len(rows) > 1:
         lines += ["", table(rows)]
+    lines += _realigned(found.get("alignment", {}))
     linears = {k: b for k, b in found["bits"].items() if k not in found["experts"]}
     counts = {b: sorted(linears.values()).count(b) for b in sorted(set(linears.values()))}
     lines.append(
@@ -153,6 +154,16 @@ def _widths(report: dict[str, Any]) -> list[str]:
         + ", ".join(f"{n} at {b} bits" for b, n in counts.items())
     )
     return lines
+
+
+def _realigned(alignment: dict[str, dict[str, float]]) -> list[str]:
+    """How many routers were fitted again, and what each way of it brought; [] where none could."""
+    tried = [a for a in alignment.values() if a]
+    if not tried:
+        return []
+    kept = sum(max(a.values()) > a["former"] for a in tried)
+    means = ", ".join(f"{name} {sum(a[name] for a in tried) / len(tried):.3f}" for name in tried[0])
+    return [f"routers fitted again: {kept} of {len(tried)}; same experts by router, mean: {means}"]
 
 
 def _split_loss(passes: list[dict[str, Any]]) -> str:

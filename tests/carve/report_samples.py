@@ -63,6 +63,8 @@ def report() -> dict[str, Any]:
             "experts": by_layer(experts, experts), "agreement": by_layer(0.912, 0.823),
             "agreement_clean": by_layer(0.99, 0.98), "jaccard": by_layer(0.95, 0.94),
             "margin": by_layer(0.02, 0.03), "realigned": by_layer(True, False),
+            "alignment": by_layer({"former": 0.903, "ridge": 0.907, "kl": 0.912},
+                                  {"former": 0.823, "ridge": 0.811, "kl": 0.822}),
             "effective_bits": [4.32]}),
         done("place", 0.1153, 0.098, {
             "objective": "latency", "value": 4.567e-6, "bound": 4.321e-6, "gap": 0.0539,

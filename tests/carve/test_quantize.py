@@ -28,6 +28,7 @@ from carve.emit.onnx import emit
 from carve.emulation import BOUND, check_nodes
 from carve.errors import CarveError, UserError
 from carve.evaluate import Evaluator
+from carve.ffn import RoutedFFN
 from carve.grid import Grid
 from carve.parity import check_parity, feeds_of
 from carve.passbase import Context, ContractError, Pass, PassManager
@@ -48,11 +49,11 @@ from carve.passes import (
     SmoothConfig,
 )
 from carve.passes.choose_widths import BITS, BYTES, READS
-from carve.passes.quantize import agreement, realigned
 from carve.passes.smooth import fold, groups_of
 from carve.program import Program
 from carve.quantize_units import folds, sorted_neurons
-from carve.twin import UnitLesson, twin_walk, units_of
+from carve.realign import agreement, margins, realigned
+from carve.twin import twin_walk, units_of
 
 SPLIT = Split(shared_size=64, expert_size=32, num_experts=6, top_k=2)
 
@@ -166,6 +167,10 @@ def test_metrics_tell_each_expert(four: tuple[Program, Any]) -> None:
         assert sum(e["tokens"]) > 1_000
         assert 0.3 < metrics["agreement"][site.name] <= 1
         assert metrics["jaccard"][site.name] >= metrics["agreement"][site.name]
+        tried = metrics["alignment"][site.name]
+        assert set(tried) == {"former", "ridge", "kl"}
+        assert metrics["agreement"][site.name] == max(tried.values())
+        assert metrics["realigned"][site.name] == (max(tried.values()) > tried["former"])
 
 
 def test_sorting_neurons_changes_nothing(carved: Carved) -> None:
@@ -180,24 +185,67 @@ def test_sorting_neurons_changes_nothing(carved: Carved) -> None:
     assert not torch.equal(new.expert_up, site.routed.expert_up)
 
 
-def test_a_router_is_realigned_only_where_it_agrees_more(carved: Carved) -> None:
+def chooses(carved: Carved, kind: str) -> tuple[RoutedFFN, Tensor]:
+    """A routed FFN that chooses by a threshold or always two experts, and inputs of it."""
     site = carved.program.carved[0]
-    before = site.routed
-    assert before is not None
-    x = carved.inputs.of(site, 2_000)
+    assert site.routed is not None
+    assert site.routed.dynamic
+    routed = site.routed.with_top_k(2) if kind == "fixed" else site.routed
+    return routed, carved.inputs.of(site, 4_000)
 
-    def lesson(now: Tensor) -> UnitLesson:
-        return UnitLesson(site, now, x, x, torch.ones(len(x)))
 
-    same, changed = realigned(before, before, lesson(x))
-    assert not changed
-    assert same is before
-    turned = x * 1.2 + 0.05 * x.roll(1, 1) + 0.1
-    new, changed = realigned(before, before, lesson(turned))
+def distorted(x: Tensor, how: str) -> Tensor:
+    """Inputs as something before the router might leave them."""
+    if how == "turned":
+        return x * 1.2 + 0.05 * x.roll(1, 1) + 0.1
+    if how == "rounded":
+        return (2.5 * x).round() / 2.5
+    generator = torch.Generator().manual_seed(0)
+    return x + 0.1 * x.std() * torch.randn(x.shape, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["threshold", "fixed"])
+def test_margins_are_positive_where_an_expert_is_chosen(carved: Carved, kind: str) -> None:
+    routed, x = chooses(carved, kind)
+    at = margins(routed.logits(x), routed.top_k, routed.dynamic)
+    assert torch.equal(at > 0, routed.chosen(x))
+    everyone = routed.with_top_k(routed.num_experts)
+    assert bool((margins(everyone.logits(x), everyone.top_k, False) > 0).all())
+
+
+@pytest.mark.parametrize("kind", ["threshold", "fixed"])
+@pytest.mark.parametrize("how", ["turned", "rounded", "noisy"])
+def test_a_realigned_router_never_agrees_less(carved: Carved, kind: str, how: str) -> None:
+    before, x = chooses(carved, kind)
+    assert realigned(before, x, x).routed is before
+    now = distorted(x, how)
+    fit = realigned(before, now, x)
     held = folds(len(x))[1]
-    want = before.chosen(x[held])
-    assert changed
-    assert agreement(new.chosen(turned[held]), want) > agreement(before.chosen(turned[held]), want)
+    got = agreement(fit.routed.chosen(now[held]), before.chosen(x[held]))
+    assert got == max(fit.agreement.values())
+    assert (fit.routed is before) == (got == fit.agreement["former"])
+    again = realigned(before, now, x).routed
+    assert torch.equal(again.router, fit.routed.router)
+    if kind == "threshold":  # the budget is kept: as many experts a token as before
+        counts = [r.chosen(t).sum(1).float().mean() for r, t in ((fit.routed, now), (before, x))]
+        assert float((counts[0] - counts[1]).abs()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["threshold", "fixed"])
+def test_divergence_finds_what_ridge_leaves(carved: Carved, kind: str) -> None:
+    before, x = chooses(carved, kind)
+    now = distorted(x, "turned")
+    tried = realigned(before, now, x).agreement
+    assert tried["former"] < tried["ridge"] < tried["kl"]
+    assert "kl" not in realigned(before, now, x, steps=0).agreement
+
+
+def test_a_router_of_representative_neurons_is_left_alone(carved: Carved) -> None:
+    routed, x = chooses(carved, "fixed")
+    analytical = replace(routed, router_gate=routed.router.roll(1, 1))
+    fit = realigned(analytical, distorted(x, "turned"), x)
+    assert fit.routed is analytical
+    assert fit.agreement == {}
 
 
 def test_starved_experts_lean_on_the_others(carved: Carved) -> None:
