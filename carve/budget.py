@@ -6,6 +6,7 @@ their routers; embeddings, attention scores and the language-model head are not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,16 +71,19 @@ def splits_of(
 
     Kernels deal the chosen experts to their threads in turn, so ``top_k`` is 4 (2 with fewer than
     8 experts), and the number of experts even, unless they are given. ``form`` may ask for a shared
-    expert of whole routed ones, which leaves few sizes: ``top_k`` is 3 to 6 then.
+    expert of whole routed ones, which leaves few sizes: ``top_k`` is 3 to 6 then; or for experts
+    that are multiples of more than `BLOCK` wide: there may be as few as two of them then.
     """
     size = site.dense.intermediate_size
     unit = BLOCK if size % BLOCK == 0 and size >= 8 * BLOCK else max(1, size // 32)
-    experts = [num_experts] if num_experts else list(range(6, 33, 2))
+    step = math.lcm(unit, form.multiple)
+    few = [2, 3, 4] if step > unit else []
+    experts = [num_experts] if num_experts else [*few, *range(6, 33, 2)]
     found = []
     for e in experts:
         k = top_k or (4 if e >= 8 else min(2, e - 1))
         several = (3, 4, 5, 6) if form.whole_shared and e >= 8 and not top_k else (k,)
-        sizes = range(unit, size // e + 1, unit)
+        sizes = range(step, size // e + 1, step)
         found += [Split(size - e * m, m, e, k) for m in sizes for k in several if k <= e]
     if form.whole_shared:
         return [s for s in found if s.shared_size and s.shared_size % s.expert_size == 0]

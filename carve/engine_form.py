@@ -9,6 +9,7 @@ Imports neither torch nor passes, so that a request is refused before anything l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ class EngineForm:
     each with weight 1; linear routers; no bias beside the router's, no gates. ``whole_shared``: the
     shared expert is as wide as a whole number of routed ones, at least one. ``all_carved``: no FFN
     stays dense; else the first ones may. ``unbiased_router``: scores are ``x W`` alone.
-    ``no_qk_norm``: queries and keys are not normalised.
+    ``no_qk_norm``: queries and keys are not normalised. ``multiple``: of which the widths of routed
+    experts, and of what comes into them, are.
     """
 
     plain: bool = False
@@ -40,12 +42,14 @@ class EngineForm:
     all_carved: bool = False
     unbiased_router: bool = False
     no_qk_norm: bool = False
+    multiple: int = 1
 
 
 ANY = EngineForm()
 FORMS = {
     "onnx-cpu": ANY,
-    "onnx-cuda": ANY,
+    # Its kernel for experts of 4 and 8 bits takes weights in tiles of 64.
+    "onnx-cuda": EngineForm(multiple=64),
     "onnx-split": ANY,
     HF: EngineForm(plain=True, whole_shared=True),
     GRANITE: EngineForm(plain=True, all_carved=True, unbiased_router=True, no_qk_norm=True),
@@ -61,6 +65,7 @@ def form_of(targets: Sequence[str]) -> EngineForm:
         any(f.all_carved for f in forms),
         any(f.unbiased_router for f in forms),
         any(f.no_qk_norm for f in forms),
+        math.lcm(*(f.multiple for f in forms)),
     )
 
 
@@ -97,6 +102,15 @@ def check_source(program: Program, targets: Sequence[str]) -> None:
     """
     for target in targets:
         form = FORMS.get(target, ANY)
+        for site in program.sites:
+            width = site.dense.up.shape[1]
+            if width % form.multiple:
+                raise UserError(
+                    "target",
+                    f"{target} runs experts whose input is a multiple of {form.multiple} wide, and "
+                    f"that of {site.name} is {width}",
+                    "choose another target",
+                )
         if form.plain:
             for wrong, what in _faults(program, form):
                 if wrong:

@@ -123,8 +123,8 @@ def foresee(
     reasons = lacking(room, output)
     placed: dict[str, Any] = {}
     if described is not None:
-        given = {"seconds": 5.0, **config.passes.get("place", {}), "devices": config.devices}
-        settings = build(PlaceConfig, "place", given)
+        chosen = {"seconds": 5.0, **config.passes.get("place", {}), "devices": config.devices}
+        settings = build(PlaceConfig, "place", chosen)
         sizes, trace = planned_sizes(program, scene.splits, config.nominal_bits)
         placed = _placed(described, sizes, trace, settings)
     return {
