@@ -166,7 +166,7 @@ def test_skip(prepared: Prepared) -> None:
 
 def test_widths_and_text(prepared: Prepared) -> None:
     narrow, wide = (forecast(prepared, ffn_active=a) for a in (0.55, 0.8))
-    assert narrow.seconds["carve"] != wide.seconds["carve"]
+    assert narrow.seconds["quantize"] != wide.seconds["quantize"]
     dense = forecast(prepared, budget=1.0)
     assert "carve" not in dense.seconds and dense.total < narrow.total
     twice = replace(prepared, batches=prepared.batches * 2, held=prepared.held * 2)
