@@ -78,11 +78,11 @@ def room_of(
 
 
 def _stored(scene: Scene) -> tuple[float, float, float]:
-    """Bytes of the dense weights, of the FFNs to be carved among them, and of the linears."""
+    """Bytes of the dense weights, of the FFNs to be carved among them, and of other linears."""
     p = scene.program
     total = float(sum(t.nbytes for t in p.module.parameters()))
     carved = float(sum(t.nbytes for s, _ in scene.carved for t in s.dense.tensors().values()))
-    linears = float(sum(n.weight.nbytes for n in p.linears))
+    linears = float(sum(n.weight.nbytes for n in scene.others))
     return total, carved, linears
 
 
@@ -110,7 +110,7 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
     biases = sum(4 * (s.num_experts + 1) * f.dense.down.shape[0] for f, s in scene.carved)
     routers = sum(4 * s.num_experts * f.dense.up.shape[1] for f, s in scene.carved)
     ffns = sum(t.numel() for f, _ in scene.carved for t in f.dense.tensors().values())
-    others = sum(n.weight.numel() for n in scene.program.linears)
+    others = sum(n.weight.numel() for n in scene.others)
     tables = sum(w.weight.numel() for w in scene.program.lookups if large_table(w.weight))
     each = {
         "carve": carved,

@@ -16,7 +16,7 @@ from carve.passbase import Pass
 from carve.program import Program
 from carve.quantizer import Method
 from carve.rates import Work
-from carve.sites import FFNSite
+from carve.sites import FFNSite, Linear
 from carve.skip_cost import candidates
 
 TRACES = 4
@@ -60,6 +60,12 @@ class Scene:
         found = [(s, self.splits.get(s.name)) for s in self.program.sites]
         return [(s, split) for s, split in found if split is not None]
 
+    @property
+    def others(self) -> list[Linear]:
+        """Linears beside the FFNs that are to be carved."""
+        inside = {t.data_ptr() for s, _ in self.carved for t in s.dense.tensors().values()}
+        return [n for n in self.program.linears if n.weight.data_ptr() not in inside]
+
     def body(self, tokens: float) -> Work:
         """A forward pass without the head; what stands for FFNs takes what the dense ones do."""
         runs = math.ceil(tokens / (self.rows * self.length))
@@ -80,8 +86,8 @@ class Scene:
 
     def emulated(self, tokens: float) -> Work:
         """What rounding of weights and activations adds to a forward pass."""
-        sizes = [n.weight.shape for n in self.program.linears]
-        for s in self.program.sites:
+        sizes = [n.weight.shape for n in self.others]
+        for s, _ in self.carved:
             sizes += [t.shape for t in s.dense.tensors().values() if t.ndim == 2]
         runs = math.ceil(tokens / (self.rows * self.length))
         each = 8 * tokens * sum(k for _, k in sizes) + 4 * runs * sum(n * k for n, k in sizes)
@@ -204,11 +210,8 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
     work = scene.body(t) * 2 + scene.emulated(t)
     logits = scene.program.module.graph.output_node().args[0]
     first = logits[0] if isinstance(logits, (tuple, list)) else logits
-    ffns = {s.output for s in scene.program.sites}
-    for unit in scene.program.linears:
+    for unit in scene.others:
         n, k = unit.weight.shape
-        if unit.output in ffns:
-            continue
         groups = min(64, 16_384 // k, n // 32) if unit.output is first and method.sweeps else 1
         work += _fitted(t, n, k) + _rounding(n, k, method, max(1, groups))
         if groups > 1:
@@ -281,7 +284,7 @@ def _place_gates(scene: Scene, p: Pass[Any]) -> Work:
 def _choose_widths(scene: Scene, p: Pass[Any]) -> Work:
     program = scene.program
     tokens = p.config.tokens or min(2_048.0, max(128.0, 2e10 / program.num_parameters))
-    units = len({n.input for n in program.linears}) + 2 * len(scene.carved)
+    units = len({n.input for n in scene.others}) + 2 * len(scene.carved)
     return scene.judged(tokens) * (1 + units * len(p.config.probes))
 
 

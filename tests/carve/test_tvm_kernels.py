@@ -84,16 +84,30 @@ def test_linear(cpu: Cpu, form: Format) -> None:
         assert error(got, want + bias) < BOUND
 
 
-def test_linear_by_the_default_schedule() -> None:
+@pytest.mark.parametrize("form, rows", [(FP32, 256), (FP32, 1024), (INT4, 256)])
+def test_linear_by_the_default_schedule(form: Format, rows: int) -> None:
     g = torch.Generator().manual_seed(1)
-    weight = torch.randn(256, 64, generator=g)
-    spec = LinearSpec(256, 64)
-    run = build(linear(spec, HOST))
-    (packed,) = pack_linear(spec, HOST, matrix(weight, FP32)).values()
-    tile = default(HOST).tile
+    weight = torch.randn(rows, 64, generator=g)
+    spec = LinearSpec(rows, 64, form)
+    run, packed = build(linear(spec, HOST)), pack_linear(spec, HOST, matrix(weight, form))
+    tile = default(HOST, weight.nbytes, quantized=form.quantized).tile
     for n in (1, tile - 1, tile, 2 * tile + 5):
         x = torch.randn(n, 64, generator=g)
-        assert error(call(run, x.numpy(), packed, out=(n, 256)), x @ weight.T) < BOUND
+        want = x @ weight.T
+        if form.quantized:
+            want = reference(x, weight, Grid.nearest(weight, form.bits, form.block))
+        assert error(call(run, x.numpy(), *packed.values(), out=(n, rows)), want) < BOUND
+
+
+def test_default_schedules() -> None:
+    many, few = Cpu.named("x86_64-avx512-vnni"), Cpu.named("x86_64-avx2")
+    tiles = [default(c, 1 << 20, quantized=q).tile for c in (many, few) for q in (False, True)]
+    assert tiles == [12, 6, 4, 4]
+    assert [default(many, n, quantized=True).parallel for n in (1000, 1 << 20)] == [False, True]
+    # Of the routed experts a token reads those that it takes.
+    spec = RoutedSpec(256, 64, 16, 64, 1, shared_in=INT4, shared_down=INT4)
+    loops = [routed_ffn(replace(spec, top_k=k), many).script().count("T.parallel") for k in (1, 64)]
+    assert loops[0] < loops[1]
 
 
 class Routed:

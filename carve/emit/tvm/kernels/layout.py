@@ -70,6 +70,11 @@ class Array:
     size: int
     dtype: str
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.size * (1 if self.dtype == "uint8" else 4)
+
 
 def linear_layout(spec: LinearSpec, cpu: Cpu) -> Panels:
     """The weight of a dense product."""

@@ -26,15 +26,17 @@ def linear(spec: LinearSpec, cpu: Cpu, schedule: Schedule | None = None) -> Any:
     Args:
         spec: what to compute; weights as `carve.emit.tvm.weights.pack_linear` packs them.
         cpu: what to compile for.
-        schedule: None: the default of the processor.
+        schedule: None: the default.
     """
-    s = schedule or default(cpu)
+    layout = linear_layout(spec, cpu)
+    read = sum(a.nbytes for a in layout.arrays())
+    s = schedule or default(cpu, read, quantized=spec.format.quantized)
     with IRBuilder() as ib, T.prim_func():
         T.func_name("linear")
         T.func_attr({"tirx.noalias": True, MARK: True})
         given = Arguments()
         x = given.rows("x", spec.in_features)
-        weights, bias = given.weights(linear_layout(spec, cpu))
+        weights, bias = given.weights(layout)
         result = given.rows("y", spec.out_features)
         x, n = given.flat(x), bind(given.n)
         y = Result(cpu, given.flat(result), spec.out_features)

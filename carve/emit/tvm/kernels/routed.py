@@ -30,7 +30,7 @@ def routed_ffn(spec: RoutedSpec, cpu: Cpu, schedule: Schedule | None = None) -> 
     Args:
         spec: what to compute; weights as `carve.emit.tvm.weights.pack_routed` packs them.
         cpu: what to compile for.
-        schedule: None: the default of the processor.
+        schedule: None: the default.
     """
     layout = routed_layout(spec, cpu)
     with IRBuilder() as ib, T.prim_func():
@@ -53,7 +53,7 @@ def routed_ffn(spec: RoutedSpec, cpu: Cpu, schedule: Schedule | None = None) -> 
         call = Call(
             spec,
             cpu,
-            schedule or default(cpu),
+            schedule or _default(spec, cpu),
             given.flat(x),
             None if scores is None else given.flat(scores),
             part("shared"),
@@ -68,3 +68,12 @@ def routed_ffn(spec: RoutedSpec, cpu: Cpu, schedule: Schedule | None = None) -> 
             with T.Else():
                 prefill(call, n)
     return ib.get()
+
+
+def _default(spec: RoutedSpec, cpu: Cpu) -> Schedule:
+    panels = routed_layout(spec, cpu).values()
+    read = 0
+    for p in panels:
+        size = sum(a.nbytes for a in p.arrays())
+        read += size if p.name.startswith("shared") else size * spec.top_k // spec.num_experts
+    return default(cpu, read, quantized=any(p.form.quantized for p in panels))
