@@ -202,6 +202,10 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
         work += each * e + _rounding(t, d, m + e + 1, sweeps)
         hidden = s.dense.macs - s.dense.down.numel()
         work += Work(products=6 * t * hidden, elements=40 * t * (m + d))
+        if p.config.realign:
+            steps = p.config.realign_steps
+            work += _gram(t, d) * 2 + _roots(d) * 2
+            work += Work(products=2 * steps * t * d * e, elements=20 * steps * t * e)
     return work
 
 
