@@ -10,6 +10,7 @@ from typing import Any
 from carve.budget import Split
 from carve.diagnosis import LAYER_TOKENS, STREAM_TOKENS
 from carve.engine_form import FOREIGN
+from carve.ffn import DenseFFN
 from carve.lineup import LAYER_TOKENS as SEEN
 from carve.lineup import Tokens
 from carve.passbase import Pass
@@ -193,11 +194,23 @@ def _distill(scene: Scene, p: Pass[Any]) -> Work:
 def _finetune(scene: Scene, p: Pass[Any]) -> Work:
     t = float(p.config.tokens)
     weights = sum(s.dense.macs for s, _ in scene.carved)
-    updates = weights * t / (scene.rows * scene.length)
+    steps = t / p.config.batch
     loss = Work(elements=20.0 * t * scene.vocabulary)
     # The dense program runs beside; what is not trained passes gradients on all the same.
-    training = Work(training=t * scene.program.num_parameters, updates=updates)
+    training = Work(training=t * scene.program.num_parameters, updates=weights * steps)
+    if not p.config.rank:
+        training += Work(products=sum(_orthogonal(s.dense) for s, _ in scene.carved)) * steps
     return scene.forward(t) + training + loss
+
+
+def _orthogonal(dense: DenseFFN) -> float:
+    """Multiply-accumulates of Muon's five Newton-Schulz rounds for the matrices of one FFN."""
+    found = 0.0
+    for w in (dense.gate, dense.up, dense.down):
+        if w is not None:
+            least, most = sorted(w.shape)
+            found += 5 * (2 * least * least * most + least**3)
+    return found
 
 
 def _quantize(scene: Scene, p: Pass[Any]) -> Work:
@@ -229,6 +242,10 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
         work += Work(products=6 * t * hidden, elements=30 * t * (m + d))
         # Every expert is looked at with both roundings and with each.
         work += Work(products=5 * 512 * e * s.dense.macs / m * split.expert_size, steps=200 * e)
+        if p.config.realign:
+            steps = p.config.realign_steps
+            work += _gram(t, d) + Work(products=t * d * e) + _ridge(d, e, _STRENGTHS)
+            work += Work(products=2 * steps * t * d * e, elements=20 * steps * t * e)
     return work
 
 
