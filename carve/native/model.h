@@ -202,6 +202,7 @@ class Model {
     const std::string& index_name = target->text_at("model");
     Json index = parse_json(folder.open(index_name)->bytes(), index_name);
     index.count_at("schema", 1, 1);
+    if (index.find("device") != nullptr) throw BadModel("the model is for a GPU");
     check_processor(index);
     size_t slash = index_name.rfind('/');
     std::string home = slash == std::string::npos ? "" : index_name.substr(0, slash + 1);
@@ -331,7 +332,10 @@ class Session {
       throw BadModel("the library gives other logits than the index says");
     length_ = total;
     const auto* data = static_cast<const float*>(logits.data_ptr());
-    return {data, data + rows * d.vocab_size};
+    std::vector<float> copy(data, data + rows * d.vocab_size);
+    // The sizes of one token are always the same; those of a prompt are not met again.
+    if (count > 1) ffi::Function::GetGlobalRequired("vm.builtin.memory_manager.clear")();
+    return copy;
   }
 
  private:

@@ -188,6 +188,7 @@ def test_nothing_unchecked_is_loaded(copy: Path) -> None:
         ({"library": "other.so"}, b"does not list"),
         ({"flags": ["avx1024"]}, b"no avx1024"),
         ({"machine": "riscv64"}, b"no riscv64"),
+        ({"device": {"kind": "cuda"}}, b"GPU"),
         ({"schema": 2}, b"out of range"),
         ({"outputs": []}, b"does not match"),
         ({"functions": {"decode": ["lost"], "prefill": []}}, b"carve-run"),
