@@ -150,6 +150,12 @@ def _native(stage: Path, manifest: Manifest, name: str, wheels: Path | None) -> 
     from carve_runtime.tvm_index import read_tvm_index
 
     index = read_tvm_index(stage, manifest.files, manifest.targets[name].model)
+    if index.gpu is not None:
+        raise UserError(
+            "target",
+            f"{name} runs on a GPU, and the native runner on processors",
+            "bundle a processor's target, or onnx",
+        )
     needs = " ".join([index.machine, *index.flags])
     with tempfile.TemporaryDirectory(prefix="carve-bundle-") as scratch:
         tvm = tvm_files(index.machine, wheels, Path(scratch))

@@ -67,7 +67,12 @@ def emitted_programs() -> Iterator[list[Any]]:
 def converted(model: Path, output: Path, args: argparse.Namespace) -> Any:
     """Convert a checkpoint; returns the program that was emitted."""
     config = ConvertConfig(
-        budget=args.budget, effort="none", bits=args.bits, tokens=args.calibration, targets=TARGETS
+        budget=args.budget,
+        effort="none",
+        bits=args.bits,
+        tokens=args.calibration,
+        eval_tokens=args.calibration,
+        targets=TARGETS,
     )
     with emitted_programs() as kept:
         advance(model, output, config)

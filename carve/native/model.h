@@ -121,7 +121,7 @@ inline std::shared_ptr<void> zeros(size_t bytes) {
 
 constexpr DLDataType kFloat{kDLFloat, 32, 1}, kInt64{kDLInt, 64, 1};
 
-// The tensors of a safetensors file, as views of its pages.
+// The tensors of a safetensors file that kernels can read, as views of its pages.
 inline std::map<std::string, ffi::Tensor> map_tensors(std::shared_ptr<Mapped> file) {
   static const std::map<std::string, DLDataType> types = {
       {"F32", kFloat},          {"I64", kInt64},        {"I32", {kDLInt, 32, 1}},
@@ -161,9 +161,9 @@ inline std::map<std::string, ffi::Tensor> map_tensors(std::shared_ptr<Mapped> fi
     if (!sound) throw BadModel("the weights do not lie where their header says");
     // Kernels do not write to weights, and these pages could not be written to.
     char* start = const_cast<char*>(data.data()) + ends[0].number;
-    if (reinterpret_cast<uintptr_t>(start) % kAlignment)
-      throw BadModel("the weights lie where kernels cannot read them");
-    found.emplace(name, lend(start, type->second, std::move(shape), file));
+    // What fills up between tensors lies anywhere.
+    if (reinterpret_cast<uintptr_t>(start) % kAlignment == 0)
+      found.emplace(name, lend(start, type->second, std::move(shape), file));
   }
   return found;
 }
@@ -202,6 +202,7 @@ class Model {
     const std::string& index_name = target->text_at("model");
     Json index = parse_json(folder.open(index_name)->bytes(), index_name);
     index.count_at("schema", 1, 1);
+    if (index.find("device") != nullptr) throw BadModel("the model is for a GPU");
     check_processor(index);
     size_t slash = index_name.rfind('/');
     std::string home = slash == std::string::npos ? "" : index_name.substr(0, slash + 1);
@@ -225,7 +226,8 @@ class Model {
       step->run = *run;
       for (const Json& name : index.object_at("functions").list_at(step->name)) {
         auto found = tensors.find(name.string);
-        if (found == tensors.end()) throw BadModel("the weights have no tensor " + name.string);
+        if (found == tensors.end())
+          throw BadModel("the weights have no tensor " + name.string + " where kernels can read it");
         step->weights.push_back(found->second);
       }
     }
@@ -331,7 +333,10 @@ class Session {
       throw BadModel("the library gives other logits than the index says");
     length_ = total;
     const auto* data = static_cast<const float*>(logits.data_ptr());
-    return {data, data + rows * d.vocab_size};
+    std::vector<float> copy(data, data + rows * d.vocab_size);
+    // The sizes of one token are always the same; those of a prompt are not met again.
+    if (count > 1) ffi::Function::GetGlobalRequired("vm.builtin.memory_manager.clear")();
+    return copy;
   }
 
  private:

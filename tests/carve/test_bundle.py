@@ -28,7 +28,7 @@ REFERENCE = REPOSITORY / "models/reference/tokenizer.json"
 sys.path.insert(0, str(REPOSITORY / "tests/runtime"))
 
 from tiny_artifacts import decoder, seal, write  # noqa: E402
-from tiny_tvm import write_compiled, write_index, write_tensors  # noqa: E402
+from tiny_tvm import tensors, write_compiled, write_index, write_tensors  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"
@@ -188,6 +188,7 @@ def test_nothing_unchecked_is_loaded(copy: Path) -> None:
         ({"library": "other.so"}, b"does not list"),
         ({"flags": ["avx1024"]}, b"no avx1024"),
         ({"machine": "riscv64"}, b"no riscv64"),
+        ({"device": {"kind": "cuda"}}, b"GPU"),
         ({"schema": 2}, b"out of range"),
         ({"outputs": []}, b"does not match"),
         ({"functions": {"decode": ["lost"], "prefill": []}}, b"carve-run"),
@@ -235,7 +236,14 @@ def test_unsound_tensors(copy: Path, header: Any) -> None:
 def test_tensors_that_vectors_cannot_be_loaded_from(copy: Path) -> None:
     table = {n: np.zeros((4, 4), np.float32) for n in ("table", "head")}
     write_tensors(copy / "tvm/host/model.safetensors", table, shift=4)
-    assert b"cannot read" in _spoil(copy, "README.md", b"")
+    assert b"where kernels can read it" in _spoil(copy, "README.md", b"")
+
+
+def test_tensors_that_fill_up_may_lie_anywhere(copy: Path) -> None:
+    small = {n: np.zeros(1, np.float32) for n in ("_.1", "_.2")}
+    write_tensors(copy / "tvm/host/model.safetensors", tensors() | small)
+    seal(copy)
+    assert len(told(copy, "--ids", "3", "--max-tokens", "4")) == 4
 
 
 def test_unsound_tokenizers(copy: Path) -> None:
