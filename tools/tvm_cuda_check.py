@@ -86,6 +86,8 @@ def speed(model: carve_runtime.Model, rounds: int, tokens: int, length: int) -> 
     """Print decode and prefill speeds, medians over rounds after one that is not counted."""
     size, most = model.manifest.model.vocab_size, model.max_length
     length = min(length, most - tokens - 1)
+    if length < 1:
+        sys.exit(f"--tokens {tokens} leave no room for a prompt: the context is {most} tokens")
     prompt = [(7919 * i + 13) % size for i in range(length)]
     found: dict[str, list[float]] = {"decode": [], "prefill": []}
     for i in range(rounds + 1):
