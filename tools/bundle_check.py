@@ -167,6 +167,7 @@ def check(
             same.setdefault(name, []).append(agreement(want, ids, len(new)))
             gaps.setdefault(name, []).append(float(np.abs(have - want).max()))
     rows = [
+        ["needs", made.needs],
         ["program, MB", f"{made.program_bytes / 1e6:.2f}"],
         ["weights, index and tokenizer, MB", f"{made.model_bytes / 1e6:.2f}"],
         ["first token after, s", f"{statistics.median(firsts):.2f}"],
@@ -176,7 +177,7 @@ def check(
         rows.append([f"same tokens as {name}", f"{sum(same[name])} of {total} {same[name]}"])
         rows.append([f"largest difference of a logit, {name}", f"{max(gaps[name]):.1e}"])
     how = "under " + start[0] if start[0].startswith("qemu") else "here"
-    return [[f"{made.target} ({made.needs}), {how}", *row] for row in rows]
+    return [[f"{made.target}, {how}", *row] for row in rows]
 
 
 def main() -> None:
