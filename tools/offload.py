@@ -50,14 +50,15 @@ def child(args: argparse.Namespace) -> None:
 
     options: dict[str, Any] = {"threads": args.threads, "verify": False}
     if args.child == MMAP:
-        prepacked = engine.ort.SessionOptions
+        onnxruntime = engine.ort()
+        prepacked = onnxruntime.SessionOptions
 
         def mapped() -> Any:
             made = prepacked()
             made.add_session_config_entry("session.disable_prepacking", "1")
             return made
 
-        engine.ort.SessionOptions = mapped
+        onnxruntime.SessionOptions = mapped
     if args.child in (OURS, LRU):
         options |= {"target": "onnx-split", "policy": "lru" if args.child == LRU else args.policy}
         options |= {"memory": args.memory, "prefetch": args.child == OURS}
