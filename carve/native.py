@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from carve.emit.tvm.names import FFI, TVM, compiler
+from carve.emit.tvm.names import FFI, PACKAGES, TVM, compiler
 from carve.errors import CarveError, UserError
 from carve.files import cache_folder
 
@@ -55,7 +55,7 @@ def tvm_files(machine: str, wheels: Path | None, scratch: Path) -> TvmFiles:
     if wheels is None and machine == processor.machine() and (own := _installed()) is not None:
         return own
     folder = wheels or _fetched(machine)
-    found = [_wheel(folder, *p, machine) for p in (("apache_tvm", TVM), ("apache_tvm_ffi", FFI))]
+    found = [_wheel(folder, p.replace("-", "_"), version, machine) for p, _, version in PACKAGES]
     missing = [name for name, wheel in zip(_names(), found, strict=True) if wheel is None]
     if missing:
         raise UserError(
@@ -72,8 +72,8 @@ def tvm_files(machine: str, wheels: Path | None, scratch: Path) -> TvmFiles:
     return TvmFiles(_there(libraries, folder), scratch / _INCLUDE)
 
 
-def _names() -> tuple[str, str]:
-    return f"apache-tvm=={TVM}", f"apache-tvm-ffi=={FFI}"
+def _names() -> list[str]:
+    return [f"{package}=={version}" for package, _, version in PACKAGES]
 
 
 def _platform(machine: str) -> str:
@@ -83,10 +83,7 @@ def _platform(machine: str) -> str:
 def _installed() -> TvmFiles | None:
     """What is installed here, where it is of the right version."""
     found = []
-    for package, module, version in (
-        ("apache-tvm", "tvm", TVM),
-        ("apache-tvm-ffi", "tvm_ffi", FFI),
-    ):
+    for package, module, version in PACKAGES:
         spec = importlib.util.find_spec(module)  # importing it would load the compiler
         if spec is None or spec.origin is None or importlib.metadata.version(package) != version:
             return None

@@ -189,7 +189,6 @@ def _tvm(
     program: Program, stage: Path, bits: int, prompts: Sequence[tuple[Tensor, ...]], name: str
 ) -> tuple[str, str, bool, dict[str, Any]]:
     from carve import parity
-    from carve.emit.tvm.cpu import HOST, Cpu
     from carve.emit.tvm.cuda.device import Gpu
     from carve.emit.tvm.emit import emit_tvm
     from carve.emit.tvm.names import folder_of, processor
@@ -198,11 +197,8 @@ def _tvm(
     (stage / folder).mkdir(parents=True)
     emitted = emit_tvm(program, stage / folder, bits, name, device)
     metrics: dict[str, Any] = {"cpu": device.name, "parity": None}
-    if isinstance(device, Gpu):
-        here, engine = device.runs_here(), parity.TVM_CUDA
-    else:
-        here, engine = device.runs_on(Cpu.named(HOST)), parity.TVM
-    if here:
+    if device.runs_here():
+        engine = parity.TVM_CUDA if isinstance(device, Gpu) else parity.TVM
         found = parity.check_parity(program, emitted.path, prompts, bits, engine)
         metrics["parity"] = asdict(found)
     else:

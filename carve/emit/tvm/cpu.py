@@ -45,6 +45,10 @@ class Cpu:
         """Whether ``other`` can do all that this one can."""
         return self.triple == other.triple and self.flags <= other.flags
 
+    def runs_here(self) -> bool:
+        """Whether this machine can do all that it can."""
+        return self.runs_on(Cpu.named(HOST))
+
     def target(self) -> Any:
         """The ``tvm.target.Target``."""
         from tvm.target import Target  # type: ignore[import-not-found,unused-ignore]

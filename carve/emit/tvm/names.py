@@ -16,6 +16,8 @@ from carve.errors import UserError
 PREFIX = "tvm:"
 TVM, FFI = "0.27.0.post1", "0.1.14.post0"
 """With other versions of tvm_ffi this TVM's tuner ends the process."""
+PACKAGES = (("apache-tvm", "tvm", TVM), ("apache-tvm-ffi", "tvm_ffi", FFI))
+"""Distribution, module and version of each."""
 _LEVELS = {"x86_64-v2": "x86_64", "x86_64-v3": "x86_64-avx2", "x86_64-v4": "x86_64-avx512"}
 
 
@@ -83,7 +85,7 @@ def check_ready(target: str) -> None:
     compiler(found.machine)
     if isinstance(found, Gpu):
         nvcc()
-    for package, name, version in (("apache-tvm", "tvm", TVM), ("apache-tvm-ffi", "tvm_ffi", FFI)):
+    for package, name, version in PACKAGES:
         if importlib.util.find_spec(name) is None:
             raise UserError("target", f"{target} needs {package}", "pip install 'carve[tvm]'")
         have = importlib.metadata.version(package)

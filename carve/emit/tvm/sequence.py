@@ -6,18 +6,17 @@ sequence; heads lie one after another, ``[n, H, D]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
-from tvm.script.ir_builder import IRBuilder  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
+from carve.emit.tvm import declared
 from carve.emit.tvm.cpu import Cpu
 from carve.emit.tvm.kernels.activations import activate, exp
-from carve.emit.tvm.kernels.pipeline import MARK
-from carve.emit.tvm.kernels.vector import Buffer, Expr, bind, ceil_div, load, local, splat, store
+from carve.emit.tvm.kernels.pipeline import function
+from carve.emit.tvm.kernels.vector import Expr, bind, ceil_div, load, local, splat, store
 
 _BLOCK = 16
 """Keys whose scores are turned into weights at once."""
@@ -36,16 +35,6 @@ def _wide(width: int, cpu: Cpu) -> int:
     while width % lanes:
         lanes //= 2
     return lanes
-
-
-@contextmanager
-def function(name: str) -> Iterator[Callable[[], Any]]:
-    """A PrimFunc under construction; what it yields gives it once the block has ended."""
-    ib = IRBuilder()
-    with ib, T.prim_func():
-        T.func_name(name)
-        T.func_attr({"tirx.noalias": True, MARK: True})
-        yield ib.get
 
 
 def _fold(v: Expr, lanes: int, join: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -82,18 +71,7 @@ def norm(width: int, epsilon: float, kind: str, summed: bool, cpu: Cpu) -> Any:
     """
     lanes = _wide(width, cpu)
     with function("norm") as made:
-        rows = tirx.Var("n", "int64")
-
-        def argument(name: str) -> Buffer:
-            return T.arg(name, T.buffer((rows, width), "float32"))
-
-        x = argument("x")
-        other = argument("r") if summed else None
-        weight = T.arg("weight", T.buffer((width,), "float32"))
-        bias = T.arg("bias", T.buffer((width,), "float32")) if kind == "layer" else None
-        total = argument("total") if summed else None
-        y = argument("y")
-        n = bind(tirx.Cast("int32", rows))
+        x, other, weight, bias, total, y, n = declared.norm(width, kind, summed)
 
         def row(i: Expr) -> None:
             acc = local(lanes)
@@ -143,12 +121,7 @@ def rotate(heads: int, width: int, turned: int, cpu: Cpu) -> Any:
     A PrimFunc ``(x [n, H, D], cos [n, turned], sin [n, turned], y [n, H, D])``.
     """
     with function("rotate") as made:
-        rows = tirx.Var("n", "int64")
-        x = T.arg("x", T.buffer((rows, heads, width), "float32"))
-        cos = T.arg("cos", T.buffer((rows, turned), "float32"))
-        sin = T.arg("sin", T.buffer((rows, turned), "float32"))
-        y = T.arg("y", T.buffer((rows, heads, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        x, cos, sin, y, n = declared.rotate(heads, width, turned)
 
         def row(i: Expr) -> None:
             with T.serial(0, heads) as h:
@@ -194,15 +167,7 @@ def enter(heads: int, groups: int, width: int, turned: int, cpu: Cpu) -> Any:
     """
     lanes = _wide(width, cpu)
     with function("enter") as made:
-        rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
-        x = T.arg("qkv", T.buffer((rows, (heads + 2 * groups) * width), "float32"))
-        cos = T.arg("cos", T.buffer((rows, turned), "float32"))
-        sin = T.arg("sin", T.buffer((rows, turned), "float32"))
-        position = T.arg("position", T.buffer((rows,), "int64"))
-        key = T.arg("key", T.buffer((1, groups, capacity, width), "float32"))
-        value = T.arg("value", T.buffer((1, groups, capacity, width), "float32"))
-        q = T.arg("q", T.buffer((rows, heads, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        x, cos, sin, position, key, value, q, n = declared.enter(heads, groups, width, turned)
 
         def row(i: Expr) -> None:
             at = bind(position[i])
@@ -237,11 +202,7 @@ def append(heads: int, width: int, cpu: Cpu) -> Any:
     """
     lanes = _wide(width, cpu)
     with function("append") as made:
-        rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
-        new = T.arg("new", T.buffer((rows, heads, width), "float32"))
-        position = T.arg("position", T.buffer((rows,), "int64"))
-        cache = T.arg("cache", T.buffer((1, heads, capacity, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        new, position, cache, n = declared.append(heads, width)
 
         def row(i: Expr) -> None:
             at = bind(position[i])
@@ -265,13 +226,7 @@ def attend(
     lanes, each = _wide(width, cpu), heads // groups
     steps = range(0, width, lanes)
     with function("attend") as made:
-        rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
-        q = T.arg("q", T.buffer((rows, heads, width), "float32"))
-        position = T.arg("position", T.buffer((rows,), "int64"))
-        key = T.arg("key", T.buffer((1, groups, capacity, width), "float32"))
-        value = T.arg("value", T.buffer((1, groups, capacity, width), "float32"))
-        y = T.arg("y", T.buffer((rows, heads, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        q, position, key, value, y, n = declared.attend(heads, groups, width)
 
         def task(t: Expr) -> None:
             i, g = bind(tirx.floordiv(t, groups)), bind(tirx.floormod(t, groups))
@@ -334,11 +289,7 @@ def running() -> Any:
     A PrimFunc ``(score [1, n, 1], bar [1, n, 1], which [n], count [1])``, the last two int64.
     """
     with function("running") as made:
-        rows = tirx.Var("n", "int64")
-        score = T.arg("score", T.buffer((1, rows, 1), "float32"))
-        bar = T.arg("bar", T.buffer((1, rows, 1), "float32"))
-        which = T.arg("which", T.buffer((rows,), "int64"))
-        count = T.arg("count", T.buffer((1,), "int64"))
+        score, bar, which, count, rows = declared.running()
         T.buffer_store(count, tirx.const(0, "int64"), [0])
         with T.serial(0, rows) as i:
             T.buffer_store(which, tirx.const(0, "int64"), [i])
@@ -356,10 +307,7 @@ def put(width: int, cpu: Cpu) -> Any:
     """
     lanes = _wide(width, cpu)
     with function("put") as made:
-        some, whole = tirx.Var("r", "int64"), tirx.Var("n", "int64")
-        rows = T.arg("rows", T.buffer((1, some, width), "float32"))
-        which = T.arg("which", T.buffer((whole,), "int64"))
-        base = T.arg("base", T.buffer((1, whole, width), "float32"))
+        rows, which, base, some = declared.put(width)
         with T.serial(0, some) as i:
             at = bind(which[i])
             with T.serial(0, width // lanes) as j:

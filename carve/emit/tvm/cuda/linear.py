@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
-from tvm.script.ir_builder import IRBuilder  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
+from carve.emit.pack import pack
 from carve.emit.tvm.cuda.threads import (
     WARPS,
     Row,
     Stored,
+    divided,
     dot,
     launch,
     number,
@@ -21,7 +23,7 @@ from carve.emit.tvm.cuda.threads import (
     zeros,
 )
 from carve.emit.tvm.kernels.layout import Array
-from carve.emit.tvm.kernels.pipeline import MARK
+from carve.emit.tvm.kernels.pipeline import function
 from carve.emit.tvm.kernels.spec import LinearSpec
 from carve.emit.tvm.kernels.vector import Expr, bind, ceil_div
 from carve.emit.tvm.weights import Matrix, Packed
@@ -46,9 +48,7 @@ def linear(spec: LinearSpec) -> Any:
 
     Activations are not rounded.
     """
-    with IRBuilder() as ib, T.prim_func():
-        T.func_name("linear")
-        T.func_attr({"tirx.noalias": True, MARK: True})
+    with function("linear") as made:
         rows = tirx.Var("n", "int64")
         x = T.arg("x", T.buffer((rows, spec.in_features), "float32"))
         weight = stored(spec).declare()
@@ -60,7 +60,7 @@ def linear(spec: LinearSpec) -> Any:
         def kernel(tile: int) -> None:
             tiles = bind(ceil_div(n, tile))
             with launch(tiles * units) as (block, warp, lane):
-                unit, t = bind(tirx.truncdiv(block, tiles)), bind(tirx.truncmod(block, tiles))
+                unit, t = divided(block, tiles)
                 row = bind(unit * WARPS + warp)
                 acc = registers(tile)
                 zeros(acc, tile)
@@ -84,20 +84,16 @@ def linear(spec: LinearSpec) -> Any:
                 kernel(1)
             with T.Else():
                 kernel(_TILE)
-    return ib.get()
+    return made()
 
 
 def pack_matrix(s: Stored, weight: Matrix) -> Packed:
     """The arrays of a matrix."""
     if weight.scale is None:
         return {s.name: np.ascontiguousarray(weight.values, np.float32).reshape(-1)}
-    bits, each = s.form.bits, 8 // s.form.bits
-    levels = weight.values.reshape(-1, each)
-    packed = np.zeros(len(levels), np.uint8)
-    for j in range(each):
-        packed |= levels[:, j] << np.uint8(j * bits)
+    levels = torch.from_numpy(weight.values.reshape(-1))
     return {
-        s.name: packed.view("<i4"),
+        s.name: pack(levels, s.form.bits).view("<i4"),
         f"{s.name}_scale": np.ascontiguousarray(weight.scale, np.float32).reshape(-1),
     }
 

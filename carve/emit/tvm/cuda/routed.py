@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
-from tvm.script.ir_builder import IRBuilder  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
 from carve.emit.tvm.cuda.linear import pack_matrix
@@ -23,6 +22,7 @@ from carve.emit.tvm.cuda.threads import (
     Matrix,
     Row,
     Stored,
+    divided,
     dot,
     launch,
     number,
@@ -35,7 +35,7 @@ from carve.emit.tvm.cuda.threads import (
 )
 from carve.emit.tvm.kernels.activations import activate
 from carve.emit.tvm.kernels.layout import Array
-from carve.emit.tvm.kernels.pipeline import MARK
+from carve.emit.tvm.kernels.pipeline import function
 from carve.emit.tvm.kernels.spec import RoutedSpec
 from carve.emit.tvm.kernels.vector import Buffer, Expr, bind, ceil_div
 from carve.emit.tvm.weights import Matrix as Given
@@ -152,9 +152,7 @@ def inward(spec: RoutedSpec) -> Any:
     """
     found = layout(spec)
     s, m, k = spec.shared_size, spec.expert_size, spec.top_k
-    with IRBuilder() as ib, T.prim_func():
-        T.func_name("routed_in")
-        T.func_attr({"tirx.noalias": True, MARK: True})
+    with function("routed_in") as made:
         rows = tirx.Var("n", "int64")
         x = T.arg("x", T.buffer((rows, spec.hidden_size), "float32"))
         scores = T.arg("scores", T.buffer((rows, spec.num_experts), "float32")) if k else None
@@ -188,8 +186,7 @@ def inward(spec: RoutedSpec) -> Any:
                 neuron("shared", t, row, row, lane)
 
         def of_experts(unit: Expr, t: Expr, warp: Expr, lane: Expr) -> None:
-            place = bind(tirx.truncdiv(unit, expert_units))
-            part = bind(tirx.truncmod(unit, expert_units))
+            place, part = divided(unit, expert_units)
             expert = _decide(spec, scores, t, place, warp * WARP + lane)
             first = tirx.And(part == number(0), tirx.And(warp == number(0), lane == number(0)))
             with T.If(first), T.Then():
@@ -199,9 +196,9 @@ def inward(spec: RoutedSpec) -> Any:
                 neuron("expert", t, expert * m + row, s + place * m + row, lane)
 
         with launch(n * units) as (block, warp, lane):
-            unit, t = bind(tirx.truncdiv(block, n)), bind(tirx.truncmod(block, n))
+            unit, t = divided(block, n)
             _either(shared_units, units, unit, t, warp, lane, of_shared, of_experts)
-    return ib.get()
+    return made()
 
 
 def _either(
@@ -230,9 +227,7 @@ def down(spec: RoutedSpec) -> Any:
     """A PrimFunc ``(h [n, H], taken [n, k]?, packed..., y [n, out])`` over what `inward` gives."""
     found = layout(spec)
     s, m, k = spec.shared_size, spec.expert_size, spec.top_k
-    with IRBuilder() as ib, T.prim_func():
-        T.func_name("routed_down")
-        T.func_attr({"tirx.noalias": True, MARK: True})
+    with function("routed_down") as made:
         rows = tirx.Var("n", "int64")
         h = T.arg("h", T.buffer((rows, hidden_size(spec)), "float32"))
         taken = T.arg("taken", T.buffer((rows, k), "int32")) if k else None
@@ -242,7 +237,7 @@ def down(spec: RoutedSpec) -> Any:
         n = bind(tirx.Cast("int32", rows))
         lanes = _lanes(spec)
         with launch(n * ceil_div(spec.out, WARPS)) as (block, warp, lane):
-            unit, t = bind(tirx.truncdiv(block, n)), bind(tirx.truncmod(block, n))
+            unit, t = divided(block, n)
             row = bind(unit * WARPS + warp)
             with T.If(row < number(spec.out)), T.Then():
                 acc, extra = registers(1), registers(1)
@@ -263,4 +258,4 @@ def down(spec: RoutedSpec) -> Any:
                 warp_sums(acc, 1)
                 with T.If(lane == number(0)), T.Then():
                     T.buffer_store(y, acc[0] + extra[0], [t, row])
-    return ib.get()
+    return made()

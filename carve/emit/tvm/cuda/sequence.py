@@ -8,9 +8,11 @@ from typing import Any
 from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
+from carve.emit.tvm import declared
 from carve.emit.tvm.cuda.device import Gpu
 from carve.emit.tvm.cuda.threads import (
     WARP,
+    divided,
     elements,
     launch,
     number,
@@ -22,8 +24,9 @@ from carve.emit.tvm.cuda.threads import (
     zeros,
 )
 from carve.emit.tvm.kernels.activations import activate
+from carve.emit.tvm.kernels.pipeline import function
 from carve.emit.tvm.kernels.vector import Buffer, Expr, bind, ceil_div
-from carve.emit.tvm.sequence import LEAST, function
+from carve.emit.tvm.sequence import LEAST
 
 _WARPS = 8
 
@@ -33,18 +36,7 @@ def norm(width: int, epsilon: float, kind: str, summed: bool, gpu: Gpu) -> Any:
     del gpu
     size = _WARPS * WARP
     with function("norm") as made:
-        rows = tirx.Var("n", "int64")
-
-        def argument(name: str) -> Buffer:
-            return T.arg(name, T.buffer((rows, width), "float32"))
-
-        x = argument("x")
-        other = argument("r") if summed else None
-        weight = T.arg("weight", T.buffer((width,), "float32"))
-        bias = T.arg("bias", T.buffer((width,), "float32")) if kind == "layer" else None
-        total = argument("total") if summed else None
-        y = argument("y")
-        n = bind(tirx.Cast("int32", rows))
+        x, other, weight, bias, total, y, n = declared.norm(width, kind, summed)
         with launch(n, _WARPS) as (i, warp, lane):
             tid = bind(warp * WARP + lane)
             count = ceil_div(width, size)
@@ -114,16 +106,11 @@ def rotate(heads: int, width: int, turned: int, gpu: Gpu) -> Any:
     """See `carve.emit.tvm.sequence.rotate`."""
     del gpu
     with function("rotate") as made:
-        rows = tirx.Var("n", "int64")
-        x = T.arg("x", T.buffer((rows, heads, width), "float32"))
-        cos = T.arg("cos", T.buffer((rows, turned), "float32"))
-        sin = T.arg("sin", T.buffer((rows, turned), "float32"))
-        y = T.arg("y", T.buffer((rows, heads, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        x, cos, sin, y, n = declared.rotate(heads, width, turned)
 
         def one(e: Expr) -> None:
-            i, rest = bind(tirx.truncdiv(e, heads * width)), bind(tirx.truncmod(e, heads * width))
-            h, j = bind(tirx.truncdiv(rest, width)), bind(tirx.truncmod(rest, width))
+            i, rest = divided(e, heads * width)
+            h, j = divided(rest, width)
             T.buffer_store(y, _turned(lambda at: x[i, h, at], cos, sin, i, j, turned), [i, h, j])
 
         elements(n * (heads * width), one)
@@ -135,19 +122,11 @@ def enter(heads: int, groups: int, width: int, turned: int, gpu: Gpu) -> Any:
     del gpu
     every = heads + 2 * groups
     with function("enter") as made:
-        rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
-        x = T.arg("qkv", T.buffer((rows, every * width), "float32"))
-        cos = T.arg("cos", T.buffer((rows, turned), "float32"))
-        sin = T.arg("sin", T.buffer((rows, turned), "float32"))
-        position = T.arg("position", T.buffer((rows,), "int64"))
-        key = T.arg("key", T.buffer((1, groups, capacity, width), "float32"))
-        value = T.arg("value", T.buffer((1, groups, capacity, width), "float32"))
-        q = T.arg("q", T.buffer((rows, heads, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        x, cos, sin, position, key, value, q, n = declared.enter(heads, groups, width, turned)
 
         def one(e: Expr) -> None:
-            i, rest = bind(tirx.truncdiv(e, every * width)), bind(tirx.truncmod(e, every * width))
-            h, j = bind(tirx.truncdiv(rest, width)), bind(tirx.truncmod(rest, width))
+            i, rest = divided(e, every * width)
+            h, j = divided(rest, width)
             at = bind(position[i])
 
             def get(j: Expr) -> Expr:
@@ -172,15 +151,11 @@ def append(heads: int, width: int, gpu: Gpu) -> Any:
     """See `carve.emit.tvm.sequence.append`."""
     del gpu
     with function("append") as made:
-        rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
-        new = T.arg("new", T.buffer((rows, heads, width), "float32"))
-        position = T.arg("position", T.buffer((rows,), "int64"))
-        cache = T.arg("cache", T.buffer((1, heads, capacity, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        new, position, cache, n = declared.append(heads, width)
 
         def one(e: Expr) -> None:
-            i, rest = bind(tirx.truncdiv(e, heads * width)), bind(tirx.truncmod(e, heads * width))
-            h, j = bind(tirx.truncdiv(rest, width)), bind(tirx.truncmod(rest, width))
+            i, rest = divided(e, heads * width)
+            h, j = divided(rest, width)
             T.buffer_store(cache, new[i, h, j], [0, h, position[i], j])
 
         elements(n * (heads * width), one)
@@ -197,15 +172,9 @@ def attend(
     del gpu
     each, count = heads // groups, ceil_div(width, WARP)
     with function("attend") as made:
-        rows, capacity = tirx.Var("n", "int64"), tirx.Var("c", "int64")
-        q = T.arg("q", T.buffer((rows, heads, width), "float32"))
-        position = T.arg("position", T.buffer((rows,), "int64"))
-        key = T.arg("key", T.buffer((1, groups, capacity, width), "float32"))
-        value = T.arg("value", T.buffer((1, groups, capacity, width), "float32"))
-        y = T.arg("y", T.buffer((rows, heads, width), "float32"))
-        n = bind(tirx.Cast("int32", rows))
+        q, position, key, value, y, n = declared.attend(heads, groups, width)
         with launch(n * heads, _WARPS) as (block, warp, lane):
-            i, head = bind(tirx.truncdiv(block, heads)), bind(tirx.truncmod(block, heads))
+            i, head = divided(block, heads)
             g = bind(tirx.floordiv(head, each))
             last = bind(tirx.Cast("int32", position[i]))
             first = number(0)
@@ -276,12 +245,8 @@ def attend(
 def running() -> Any:
     """See `carve.emit.tvm.sequence.running`; one thread counts."""
     with function("running") as made:
-        rows = tirx.Var("n", "int64")
-        score = T.arg("score", T.buffer((1, rows, 1), "float32"))
-        bar = T.arg("bar", T.buffer((1, rows, 1), "float32"))
-        which = T.arg("which", T.buffer((rows,), "int64"))
-        count = T.arg("count", T.buffer((1,), "int64"))
-        n = bind(tirx.Cast("int32", rows))
+        score, bar, which, count, rows = declared.running()
+        n = declared.count(rows)
 
         def one(_: Expr) -> None:
             seen = registers(1, "int32")
@@ -301,15 +266,12 @@ def put(width: int, gpu: Gpu) -> Any:
     """See `carve.emit.tvm.sequence.put`."""
     del gpu
     with function("put") as made:
-        some, whole = tirx.Var("r", "int64"), tirx.Var("n", "int64")
-        rows = T.arg("rows", T.buffer((1, some, width), "float32"))
-        which = T.arg("which", T.buffer((whole,), "int64"))
-        base = T.arg("base", T.buffer((1, whole, width), "float32"))
-        count = bind(tirx.Cast("int32", some))
+        rows, which, base, some = declared.put(width)
+        n = declared.count(some)
 
         def one(e: Expr) -> None:
-            i, j = bind(tirx.truncdiv(e, width)), bind(tirx.truncmod(e, width))
+            i, j = divided(e, width)
             T.buffer_store(base, rows[0, i, j], [0, which[i], j])
 
-        elements(count * width, one)
+        elements(n * width, one)
     return made()

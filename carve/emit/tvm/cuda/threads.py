@@ -36,6 +36,11 @@ def real(value: float) -> Expr:
     return tirx.const(value, "float32")
 
 
+def divided(value: Expr, by: Expr | int) -> tuple[Expr, Expr]:
+    """How often ``by`` goes into a value that is not negative, and what is left."""
+    return bind(tirx.truncdiv(value, by)), bind(tirx.truncmod(value, by))
+
+
 def registers(size: int, dtype: str = "float32") -> Buffer:
     """Values of one thread."""
     return T.alloc_buffer((size,), dtype, scope="local")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
-from tvm.script.ir_builder import IRBuilder  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
 from carve.emit.tvm.cpu import Cpu
 from carve.emit.tvm.kernels.arguments import Arguments
 from carve.emit.tvm.kernels.layout import VECTORS, linear_layout
-from carve.emit.tvm.kernels.pipeline import MARK
+from carve.emit.tvm.kernels.pipeline import function
 from carve.emit.tvm.kernels.product import Rows, product
 from carve.emit.tvm.kernels.results import Result
 from carve.emit.tvm.kernels.rounding import arrange, blank, make_rows
@@ -31,9 +30,7 @@ def linear(spec: LinearSpec, cpu: Cpu, schedule: Schedule | None = None) -> Any:
     layout = linear_layout(spec, cpu)
     read = sum(a.nbytes for a in layout.arrays())
     s = schedule or default(cpu, read, quantized=spec.format.quantized)
-    with IRBuilder() as ib, T.prim_func():
-        T.func_name("linear")
-        T.func_attr({"tirx.noalias": True, MARK: True})
+    with function("linear") as made:
         given = Arguments()
         x = given.rows("x", spec.in_features)
         weights, bias = given.weights(layout)
@@ -72,4 +69,4 @@ def linear(spec: LinearSpec, cpu: Cpu, schedule: Schedule | None = None) -> Any:
                                 y.put(t * s.tile + i, p, sums[i * VECTORS :][:VECTORS], bias)
 
                     by_height(s, left, tile)
-    return ib.get()
+    return made()

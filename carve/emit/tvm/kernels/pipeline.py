@@ -7,19 +7,32 @@ and take the short list of passes, two seconds; other functions take the default
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import IRModule, transform  # type: ignore[import-not-found,unused-ignore]
+from tvm.script.ir_builder import IRBuilder  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.compilation_pipeline import (  # type: ignore[import-not-found,unused-ignore]
     get_tir_pipeline,
     register_tir_pipeline,
 )
+from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
 PIPELINE = "carve"
 """For ``tvm.compile(..., tir_pipeline=PIPELINE)``."""
 MARK = "carve.kernel"
 """Attribute of a PrimFunc that takes the short list."""
+
+
+@contextmanager
+def function(name: str) -> Iterator[Callable[[], Any]]:
+    """A kernel under construction; what it yields gives it once the block has ended."""
+    ib = IRBuilder()
+    with ib, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, MARK: True})
+        yield ib.get
 
 
 def _pipeline() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:

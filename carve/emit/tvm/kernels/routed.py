@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx  # type: ignore[import-not-found,unused-ignore]
-from tvm.script.ir_builder import IRBuilder  # type: ignore[import-not-found,unused-ignore]
 from tvm.tirx.script import builder as T  # type: ignore[import-not-found,unused-ignore]
 
 from carve.emit.tvm.cpu import Cpu
@@ -13,7 +12,7 @@ from carve.emit.tvm.kernels.arguments import Arguments
 from carve.emit.tvm.kernels.decode import decode
 from carve.emit.tvm.kernels.layout import output_bias, routed_layout
 from carve.emit.tvm.kernels.parts import Call, Part
-from carve.emit.tvm.kernels.pipeline import MARK
+from carve.emit.tvm.kernels.pipeline import function
 from carve.emit.tvm.kernels.prefill import prefill
 from carve.emit.tvm.kernels.results import Result
 from carve.emit.tvm.kernels.schedule import Schedule, default
@@ -33,9 +32,7 @@ def routed_ffn(spec: RoutedSpec, cpu: Cpu, schedule: Schedule | None = None) -> 
         schedule: None: the default.
     """
     layout = routed_layout(spec, cpu)
-    with IRBuilder() as ib, T.prim_func():
-        T.func_name("routed_ffn")
-        T.func_attr({"tirx.noalias": True, MARK: True})
+    with function("routed_ffn") as made:
         given = Arguments()
         x = given.rows("x", spec.hidden_size)
         scores = given.rows("scores", spec.num_experts) if spec.num_experts else None
@@ -67,7 +64,7 @@ def routed_ffn(spec: RoutedSpec, cpu: Cpu, schedule: Schedule | None = None) -> 
                 decode(call)
             with T.Else():
                 prefill(call, n)
-    return ib.get()
+    return made()
 
 
 def _default(spec: RoutedSpec, cpu: Cpu) -> Schedule:
