@@ -164,7 +164,7 @@ def _row_groups(
     assert isinstance(lesson.unit, Linear)
     weight = lesson.unit.weight.float()
     rows, width = weight.shape
-    count = min(64, 16_384 // width, rows // 32) if is_head and how.head_groups else 1
+    count = head_groups(rows, width) if is_head and how.head_groups else 1
     if count < 2:
         yield torch.arange(rows), None
         return
@@ -193,6 +193,11 @@ def _directions(rows: Tensor, count: int, rounds: int = 12) -> Tensor:
             torch.zeros_like(centre).index_add_(0, group, unit), dim=1
         )
     return group
+
+
+def head_groups(rows: int, width: int) -> int:
+    """Groups of like tokens that the rows of a head ``[rows, width]`` are rounded in."""
+    return min(64, 16_384 // width, rows // 32)
 
 
 def sorted_neurons(routed: RoutedFFN, x: Tensor) -> RoutedFFN:

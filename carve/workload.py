@@ -15,6 +15,7 @@ from carve.lineup import LAYER_TOKENS as SEEN
 from carve.lineup import Tokens
 from carve.passbase import Pass
 from carve.program import Program
+from carve.quantize_units import head_groups
 from carve.quantizer import Method
 from carve.rates import Work
 from carve.sites import FFNSite, Linear
@@ -225,7 +226,7 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
     first = logits[0] if isinstance(logits, (tuple, list)) else logits
     for unit in scene.others:
         n, k = unit.weight.shape
-        groups = min(64, 16_384 // k, n // 32) if unit.output is first and method.sweeps else 1
+        groups = head_groups(n, k) if unit.output is first and method.sweeps else 1
         work += _fitted(t, n, k) + _rounding(n, k, method, max(1, groups))
         if groups > 1:
             work += _gram(t, k) * groups + Work(elements=6 * t * n)

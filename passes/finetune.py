@@ -179,8 +179,7 @@ class Finetune(Pass[FinetuneConfig]):
             for name, parts in found.items():
                 logits = models[name].last_logits
                 assert logits is not None
-                keep = slice(None) if batch.mask is None else batch.mask.flatten()
-                parts.append(logits[keep])
+                parts.append(batch.counted(logits))
         scores = {n: torch.cat(parts) for n, parts in found.items()}
         shift = balance.hold([*scores.values()])
         chosen = {n: select(x - shift, models[n].source.top_k, True) for n, x in scores.items()}
