@@ -31,10 +31,13 @@ class Group:
 
     def limit(self, size: int) -> None:
         """Let it have ``size`` bytes and no swap."""
+        both = "memsw" in self.swap  # of version 1: memory and swap together
+        swap = self.folder / self.swap
+        if both and swap.exists():
+            swap.write_text("-1")  # memory alone may not be more, and the last limit still stands
         (self.folder / self.most).write_text(str(size))
-        if (self.folder / self.swap).exists():
-            # Of version 1 this is memory and swap together.
-            (self.folder / self.swap).write_text(str(size if "memsw" in self.swap else 0))
+        if swap.exists():
+            swap.write_text(str(size if both else 0))
 
 
 def _versions(name: str) -> Iterator[Group]:
