@@ -15,6 +15,7 @@ QUICK = [
     "--set", "convert.eval_tokens=500",
     "--set", "convert.length=64",
     "--set", "carve.tokens=512",
+    "--set", "distill.steps=60",
 ]  # fmt: skip
 Captured = pytest.CaptureFixture[str]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -155,9 +157,43 @@ def quiet() -> Iterator[None]:
             x.setLevel(level)
 
 
+_KEPT: OrderedDict[str, ir.Model] = OrderedDict()
+_MOST_KEPT = 8
+
+
+def _key(module: fx.GraphModule, program: Program) -> str:
+    """What a translation depends on: the graph, the tensors that keep their values, the inputs."""
+    found = hashlib.sha256()
+    for each in (module.graph, program.dynamic, program.inputs, program.outputs):
+        found.update(str(each).encode())
+    inputs = {str(i): t for i, t in enumerate(program.example)}
+    kept = dict(module.named_buffers())
+    for name, tensor in {**inputs, **kept, **dict(module.named_parameters())}.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    for tensor in kept.values():
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def skeleton(program: Program) -> tuple[ir.Model, dict[str, Tensor]]:
-    """Translate to ONNX with placeholder nodes; give back the weights by initializer name."""
+    """Translate to ONNX with placeholder nodes; give back the weights by initializer name.
+
+    Targets of one conversion, and the same model at other budgets and widths, have one translation:
+    the last few are kept, without large weights, and copies given.
+    """
     module, weights = _stand_in(program)
+    key = _key(module, program)
+    if key in _KEPT:
+        _KEPT.move_to_end(key)
+    else:
+        _KEPT[key] = _translated(module, program)
+        while len(_KEPT) > _MOST_KEPT:
+            _KEPT.popitem(last=False)
+    return _KEPT[key].clone(), weights
+
+
+def _translated(module: fx.GraphModule, program: Program) -> ir.Model:
+    """The graph as `torch.onnx` gives it."""
     try:
         with quiet(), torch.no_grad():
             exported = torch.export.export(
@@ -184,4 +220,4 @@ def skeleton(program: Program) -> tuple[ir.Model, dict[str, Tensor]]:
         ) from e
     if result is None:
         raise CarveError("emit", "torch.onnx gave no program")
-    return result.model, weights
+    return result.model

@@ -230,6 +230,14 @@ class Setting:
         return result.metrics
 
 
+@pytest.fixture(scope="module")
+def plain(deep: Path) -> Setting:
+    """Gates by the defaults; tests leave them as they are."""
+    setting = Setting(deep, 0.3)
+    setting.run(rank=8)
+    return setting
+
+
 def test_which_blocks_are_gated(deep: Path) -> None:
     setting = Setting(deep, 0.25)
     names = [b.name for b in setting.program.blocks if b.name in setting.context.skips]
@@ -292,20 +300,18 @@ def test_fitted_gates_lose_less_than_chance(deep: Path) -> None:
     "options",
     [{"training": "straight_through", "steps": 4}, {"bridge": "adapter"}, {"label": "loss"}],
 )
-def test_options_keep_the_rate(deep: Path, options: dict[str, Any]) -> None:
-    setting = Setting(deep, 0.3)
-    setting.run(rank=8)
-    plain = [b.gate for b in setting.program.gated]
+def test_options_keep_the_rate(deep: Path, plain: Setting, options: dict[str, Any]) -> None:
     other = Setting(deep, 0.3)
     found = other.run(rank=8, **options)
     assert all(share == pytest.approx(0.3, abs=0.01) for share in found["skipped"].values())
-    for mine, theirs in zip(plain, (b.gate for b in other.program.gated), strict=True):
+    pairs = zip(plain.program.gated, other.program.gated, strict=True)
+    for mine, theirs in ((a.gate, b.gate) for a, b in pairs):
         assert mine is not None
         assert theirs is not None
         assert (theirs.bridge_gate is not None) == ("bridge" in options)
         if "bridge" not in options:
             assert not torch.equal(mine.weight, theirs.weight)
-    assert other.evaluator.loss(other.program) < 2 * setting.evaluator.loss(setting.program)
+    assert other.evaluator.loss(other.program) < 2 * plain.evaluator.loss(plain.program)
 
 
 def test_unknown_options_are_refused(deep: Path) -> None:
