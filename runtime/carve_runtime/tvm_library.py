@@ -22,6 +22,7 @@ _POOLED = 2
 _BUNDLED = Path(__file__).resolve().parents[2] / "lib" / "libtvm_runtime.so"
 _LOCK = threading.Lock()
 _LOADED: list[Any] = []
+_SHARE_CORES = -3  # TVM's kSpecifyThreadShareAllCore
 _THREADS = threading.local()
 
 
@@ -140,9 +141,12 @@ def shape(*sizes: int) -> Any:
 
 
 def use_threads(count: int) -> None:
-    """Let kernels that are called from this thread use so many."""
+    """Let kernels that are called from this thread use so many, on any core of this process."""
     if getattr(_THREADS, "count", None) != count:
-        runtime().get_global_func("runtime.config_threadpool")(1, count)
+        # Where no cores are named TVM takes half of them at the most, for it assumes two threads a
+        # core, and what a thread's pool may have is settled when it is made.
+        cores = [str(c) for c in sorted(os.sched_getaffinity(0))]
+        runtime().get_global_func("runtime.config_threadpool")(_SHARE_CORES, count, cores)
         _THREADS.count = count
 
 

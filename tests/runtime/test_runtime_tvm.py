@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,22 @@ def test_generation(model: Model) -> None:
     assert list(done.token_ids) == ids[len(prompt) :]
     assert done.finish_reason == "length"
     assert model.target == "tvm:host"
+
+
+def test_as_many_threads_as_asked() -> None:
+    from carve_runtime import tvm_library
+
+    cores = len(os.sched_getaffinity(0))
+
+    def used(count: int) -> int:
+        tvm_library.use_threads(count)
+        return int(tvm_library.runtime().get_global_func("runtime.NumThreads")())
+
+    def one_after_another() -> list[int]:
+        return [used(1), used(cores), used(1), used(cores)]
+
+    with ThreadPoolExecutor(1) as pool:  # every thread has a pool of its own
+        assert pool.submit(one_after_another).result() == [1, cores, 1, cores]
 
 
 def test_threads_take_turns(model: Model) -> None:
