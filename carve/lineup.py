@@ -71,12 +71,16 @@ def passes_of(config: ConvertConfig) -> list[Pass[Any]]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens each part of a conversion takes."""
+    """How many tokens each part of a conversion takes.
+
+    ``told``: of ``calibration``, made by the model where the text is short (`carve.retell`).
+    """
 
     calibration: int
     final: int
     after_pass: int
     judge: int
+    told: int = 0
 
 
 def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,9 @@ def advance(
 
         program = capture_module(model, example)
         source = {"path": type(model).__name__, "sha256": None}
-        return _Conversion(program, job, source).run(calibration, held_out or calibration, None)
+        count = default_tokens(config, program.num_parameters)
+        conversion = _Conversion(program, job, source)
+        return conversion.run(calibration, held_out or calibration, None, count)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def _convert_checkpoint(path: Path, job: _Job) -> Artifact | Stopped:
 
     given = prepare(path, job.config)
     source = {"path": str(path), "sha256": given.checkpoint.sha256()}
-    return _Conversion(given.program, job, source).run(given.batches, given.held, path)
+    conversion = _Conversion(given.program, job, source)
+    return conversion.run(given.batches, given.held, path, given.asked)
 
 
 class _Conversion:
@@ -162,7 +165,11 @@ class _Conversion:
         self.unrounded: Program | None = None
 
     def run(
-        self, batches: Sequence[Batch], held: Sequence[Batch], folder: Path | None
+        self,
+        batches: Sequence[Batch],
+        held: Sequence[Batch],
+        folder: Path | None,
+        count: Tokens,
     ) -> Artifact | Stopped:
         """Carve, emit, check, and put the artifact in place; or stop where the course ends."""
         from carve.arithmetic import as_emitted
@@ -172,6 +179,7 @@ class _Conversion:
         from carve.evaluate import Evaluator, as_dict
         from carve.passbase import PassManager
         from carve.realised import realised
+        from carve.retell import tokens_in
         from carve.room import check_room, resident, scene_of
         from carve.state import size_of
         from carve.targets import check_translation, emit_targets
@@ -179,13 +187,14 @@ class _Conversion:
         program = self.program
         check_source(program, self.config.targets)
         check_translation(program, self.config.targets, self.config.nominal_bits)
-        count = default_tokens(self.config, program.num_parameters)
         scene = scene_of(program, self.config, count, batches, held, folder)
         expected = room_of(scene, self.config, self.passes, resident())
         check_room(expected, self.out, size_of(self.job.folder))
+        batches, count = self._enough_text(batches, count)
         results: list[PassResult] = []
         quality: dict[str, Any] | None = None
         found: dict[str, Any] = {"dense": costs(program), "layers": {}, "positions": {}}
+        found["calibration"] = {"tokens": tokens_in(batches), "told_again": count.told}
         if self.passes:
             context = self._context(batches, count.judge)
             evaluator = Evaluator(program, list(self.progress(held, "dense model")))
@@ -239,6 +248,28 @@ class _Conversion:
         if not self.job.course.keep:
             discard(self.job.folder)
         return Artifact.open(self.out)
+
+    def _enough_text(
+        self, batches: Sequence[Batch], count: Tokens
+    ) -> tuple[Sequence[Batch], Tokens]:
+        """The calibration text, told again where it is short, and tokens to judge on."""
+        import torch
+
+        from carve.retell import missing, stretched, tokens_in
+
+        lacking = missing(self.program, batches, count.calibration) if self.passes else 0
+        if not lacking:
+            return batches, count
+        have = tokens_in(batches)
+        found, judge = stretched(
+            self.program,
+            batches,
+            lacking,
+            count.judge,
+            torch.Generator().manual_seed(self.config.seed),
+            lambda items: self.progress(items, "short text told again"),
+        )
+        return found, replace(count, judge=judge, told=tokens_in(found) - have)
 
     def _keep(self, following: Pass[Any], program: Program) -> None:
         """Remember the program as it is before its weights are rounded, where a target needs it."""

@@ -18,6 +18,7 @@ from carve.program import Program
 from carve.quantize_units import head_groups
 from carve.quantizer import Method
 from carve.rates import Work
+from carve.retell import ROWS
 from carve.sites import FFNSite, Linear
 from carve.skip_cost import candidates
 
@@ -81,6 +82,10 @@ class Scene:
     def forward(self, tokens: float) -> Work:
         """A whole forward pass."""
         return self.body(tokens) + self.head(tokens)
+
+    def told(self, tokens: float) -> Work:
+        """Text that the model makes, a token of every row a run."""
+        return Work(positions=tokens, runs=math.ceil(tokens / ROWS))
 
     def judged(self, tokens: float) -> Work:
         """A forward pass and the comparison with the dense logits."""
@@ -333,7 +338,7 @@ def around(scene: Scene, passes: Sequence[str]) -> dict[str, Work]:
     rounded = len(passes) - passes.index("quantize") if "quantize" in passes else 0
     last = scene.judged(t.final) + scene.body(use) + scene.judged(layers)
     return {
-        "calibration": scene.forward(scene.layerwise),
+        "calibration": scene.forward(scene.layerwise) + scene.told(scene.tokens.told),
         "dense model": scene.judged(t.final) + scene.judged(t.judge),
         "after each pass": (scene.judged(t.after_pass) + scene.body(streams)) * len(passes)
         + scene.emulated(t.after_pass + streams) * rounded,

@@ -1,0 +1,87 @@
+"""More text from little: rows of calibration text gone on with by the model itself.
+
+Calibration text that a model makes stands in for its training data (Williams et al., arXiv
+2410.17170).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from carve.calibration import Batch, decoder_batches, hold_back
+from carve.program import Program
+
+ENOUGH = 24_576
+"""Tokens from which on text is taken as it is."""
+ROWS = 32
+"""Rows that are told side by side."""
+
+
+def tokens_in(batches: Sequence[Batch]) -> int:
+    """Tokens that count in ``batches``."""
+    return sum(int(b.inputs[0].numel() if b.mask is None else b.mask.sum()) for b in batches)
+
+
+def missing(program: Program, batches: Sequence[Batch], asked: int) -> int:
+    """Tokens to tell: up to what was asked for, and no more than `ENOUGH`; of decoders alone.
+
+    Nothing is told where three quarters are there.
+    """
+    if program.kind != "decoder":
+        return 0
+    wanted, have = min(asked, ENOUGH), tokens_in(batches)
+    return 0 if have >= 0.75 * wanted else wanted - have
+
+
+def stretched(
+    program: Program,
+    batches: Sequence[Batch],
+    tokens: int,
+    judge: int,
+    generator: torch.Generator,
+    progress: Callable[[Sequence[Tensor]], Iterator[Tensor]] = iter,
+) -> tuple[list[Batch], int]:
+    """``batches`` with about ``tokens`` more, told again; and tokens to judge on.
+
+    A row is told again from a place between its sixteenth and its half, one for `ROWS` rows: what
+    stands before is kept, every later token is drawn from the model's distribution. Judged is a
+    quarter of the given text at the most, which stands first (`carve.calibration.hold_back`) and is
+    not told again.
+
+    Args:
+        program: a decoder, which gives logits ``[B, S, V]`` and its cache.
+        batches: of token ids ``[B, S]`` int64, then positions and an empty cache.
+        tokens: to add, see `missing`.
+        judge: tokens to judge on, were there enough text.
+        generator: for every draw.
+        progress: shows the groups of rows.
+    """
+    judge = min(judge, tokens_in(batches) // 4)
+    rest, judged = hold_back(batches, judge)
+    kept = tokens_in(rest) + tokens_in(judged) > tokens_in(batches)
+    first = [] if kept else judged  # among the rest, where there are few rows
+    given = torch.cat([b.inputs[0] for b in rest])
+    count = -(-tokens // given.shape[1])
+    groups = torch.split(given.repeat(-(-count // len(given)), 1)[:count], ROWS)
+    told = torch.cat([_told(program, rows, generator) for rows in progress(groups)])
+    return [*first, *rest, *decoder_batches(program, told, 8)], max(1, judge)
+
+
+@torch.no_grad()
+def _told(program: Program, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows ``[R, S]`` told again."""
+    count, length = rows.shape
+    start = int(torch.randint(max(1, length // 16), length // 2 + 1, (1,), generator=generator))
+    positions = torch.arange(length).expand(count, length)
+    said = [rows[:, :start]]
+    cache: Sequence[Tensor] = program.empty_cache(count)
+    for end in range(start, length):
+        last = said[-1]
+        at = positions[:, end - last.shape[1] : end]
+        logits, *cache = program.run(last, at, *cache)
+        odds = logits[:, -1].float().softmax(-1)
+        said.append(torch.multinomial(odds, 1, generator=generator))
+    return torch.cat(said, 1)

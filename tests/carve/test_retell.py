@@ -1,0 +1,119 @@
+"""Short calibration text is told again by the model: near what was given, and judged apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny_models as tiny
+import torch
+from command_line import Captured, call, convert, result
+
+from carve.calibration import (
+    DATA,
+    Batch,
+    decoder_batches,
+    hold_back,
+    load_tokenizer,
+    text_batches,
+)
+from carve.capture import capture_checkpoint
+from carve.program import Program
+from carve.retell import ENOUGH, missing, stretched, tokens_in
+
+REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
+Get = Callable[[str], tiny.Captured]
+
+
+def rows_of(program: Program, count: int, length: int = 64) -> list[Batch]:
+    ids = torch.randint(
+        program.config["vocab_size"], (count, length), generator=torch.Generator().manual_seed(1)
+    )
+    return decoder_batches(program, ids, 4)
+
+
+def told(program: Program, batches: list[Batch], tokens: int, seed: int = 0) -> list[Batch]:
+    return stretched(program, batches, tokens, 128, torch.Generator().manual_seed(seed))[0]
+
+
+def test_how_much_is_missing(captured: Get) -> None:
+    program = captured("llama").program
+    batches = rows_of(program, 8)
+    assert missing(program, batches, 2000) == 2000 - 512
+    assert missing(program, batches, 10**6) == ENOUGH - 512
+    assert missing(program, batches, 512) == missing(program, batches, 600) == 0
+    assert missing(captured("bert").program, batches, 2000) == 0
+
+
+def test_what_is_judged_is_given_text_and_stands_apart(captured: Get) -> None:
+    program = captured("llama").program
+    batches = rows_of(program, 8)
+    given = {tuple(r.tolist()) for b in batches for r in b.inputs[0]}
+    found, judge = stretched(program, batches, 1500, 4096, torch.Generator().manual_seed(0))
+    assert judge == 128
+    assert 512 + 1500 <= tokens_in(found) < 512 + 1500 + 64
+    rest, judged = hold_back(found, judge)
+    apart = {tuple(r.tolist()) for b in judged for r in b.inputs[0]}
+    seen = [tuple(r.tolist()) for b in rest for r in b.inputs[0]]
+    assert len(apart) == 2 and apart < given
+    assert given - apart < {*seen} and not apart & {*seen}
+    assert tokens_in(rest) + tokens_in(judged) == tokens_in(found)
+
+
+def test_one_row_is_judged_and_learnt_from(captured: Get) -> None:
+    program = captured("llama").program
+    found, judge = stretched(
+        program, rows_of(program, 1), 200, 4096, torch.Generator().manual_seed(0)
+    )
+    assert [len(b.inputs[0]) for b in found] == [1, 4]
+    assert judge == 16
+
+
+def test_rows_begin_as_given(captured: Get) -> None:
+    program = captured("llama").program
+    batches = rows_of(program, 4)
+    every = torch.cat([b.inputs[0] for b in told(program, batches, 3000)])
+    given, again = every[1:4], every[4:]  # the first is judged
+    assert again.min() >= 0 and again.max() < program.config["vocab_size"]
+    for row in again:
+        same = (row == given).long().cumprod(1).sum(1).max()  # the tokens it begins with
+        assert 4 <= same <= 40
+    assert len({tuple(r.tolist()) for r in again}) == len(again) == 47
+
+
+def test_the_seed_decides(captured: Get) -> None:
+    program = captured("llama").program
+    one, same, other = (told(program, rows_of(program, 4), 500, s) for s in (3, 3, 4))
+    assert all(torch.equal(a.inputs[0], b.inputs[0]) for a, b in zip(one, same, strict=True))
+    assert not torch.equal(one[-1].inputs[0], other[-1].inputs[0])
+
+
+def test_it_is_what_the_model_would_say() -> None:
+    """The loss on it is about that on text, far from that of tokens at random."""
+    program = capture_checkpoint(REFERENCE)
+    nonsense = rows_of(program, 4)
+    text = (DATA / "calibration.txt").read_text("utf-8")
+    given = text_batches(program, load_tokenizer(REFERENCE), text, 64, 256)
+
+    def loss(batch: Batch) -> float:
+        with torch.no_grad():
+            logits = program.run(*batch.inputs)[0][:, :-1].flatten(0, 1)
+        return float(torch.nn.functional.cross_entropy(logits, batch.inputs[0][:, 1:].flatten()))
+
+    *_, again = told(program, given, 500)
+    assert loss(given[0]) < 5
+    assert loss(again) < 5 < 9 < loss(nonsense[0])
+
+
+def test_a_conversion_with_a_short_text(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text((DATA / "calibration.txt").read_text("utf-8")[:2_000], "utf-8")
+    asked = ["--budget", "0.7", "--bits", "16", "--effort", "none", "--calibration", str(text)]
+    assert convert(checkpoint, tmp_path / "a", *asked) == 0
+    capsys.readouterr()
+    found = json.loads((tmp_path / "a" / "report.json").read_text("utf-8"))["calibration"]
+    assert 0 < found["told_again"] < found["tokens"]
+    assert 2000 <= found["tokens"] < 3000
+    assert call("plan", str(checkpoint), "-o", str(tmp_path / "b"), "--json", *asked) == 0
+    assert result(capsys)["tokens"]["told"] > 0
