@@ -16,6 +16,8 @@ from carve.program import Program
 
 ENOUGH = 24_576
 """Tokens from which on text is taken as it is."""
+KEPT = 8
+"""Most tokens that a row keeps."""
 ROWS = 32
 """Rows that are told side by side."""
 
@@ -46,8 +48,9 @@ def stretched(
 ) -> tuple[list[Batch], int]:
     """``batches`` with about ``tokens`` more, told again; and tokens to judge on.
 
-    A row is told again from a place between its sixteenth and its half, one for `ROWS` rows: what
-    stands before is kept, every later token is drawn from the model's distribution. Judged is a
+    Of a row the first tokens are kept, one to `KEPT`, the same number in `ROWS` rows, and every
+    later one is drawn from the model's distribution (keeping up to half of a row tells less that is
+    new, and loses a sixth more). Judged is a
     quarter of the given text at the most, which stands first (`carve.calibration.hold_back`) and is
     not told again.
 
@@ -74,7 +77,7 @@ def stretched(
 def _told(program: Program, rows: Tensor, generator: torch.Generator) -> Tensor:
     """Rows ``[R, S]`` told again."""
     count, length = rows.shape
-    start = int(torch.randint(max(1, length // 16), length // 2 + 1, (1,), generator=generator))
+    start = int(torch.randint(1, min(KEPT, length) + 1, (1,), generator=generator))
     positions = torch.arange(length).expand(count, length)
     said = [rows[:, :start]]
     cache: Sequence[Tensor] = program.empty_cache(count)

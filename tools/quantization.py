@@ -34,21 +34,27 @@ from quality import Bench, minilm_folder, split_passes
 
 from carve import passes as p
 from carve.arithmetic import as_emitted
+from carve.calibration import limit_batches
 from carve.capture import capture_checkpoint
 from carve.evaluate import Evaluator, as_dict
 from carve.passbase import Pass, PassManager
 from carve.passes.choose_widths import BITS
 from carve.program import Program
 from carve.report import table
+from carve.retell import ENOUGH, missing, stretched
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row: the bits, the passes' settings, and the calibration tokens."""
+    """A row: the bits, the passes' settings, and the calibration tokens.
+
+    ``told``: whether few tokens are told again, as `carve convert` does with a short text.
+    """
 
     bits: float = 4
     quantize: dict[str, Any] = field(default_factory=dict)
     tokens: int = 24_576
+    told: bool = False
     mixed: bool = False
     smooth: bool = False
 
@@ -60,7 +66,8 @@ class Setting:
             chosen.append(p.Smooth(p.SmoothConfig(alphas=(0.6,), forced=True)))
         if self.smooth:
             chosen.append(p.Smooth(p.SmoothConfig()))
-        config = p.QuantizeConfig(tokens=self.tokens, **self.quantize)
+        tokens = ENOUGH if self.told else self.tokens
+        config = p.QuantizeConfig(tokens=tokens, **self.quantize)
         return [*chosen, p.Quantize(config)]
 
 
@@ -73,7 +80,8 @@ SETTINGS = {
     "int4 carve": Setting(),
     "int4 carve, smoothed": Setting(smooth=True),
     "int4 carve, blocks of 128": Setting(quantize={"block": 128}),
-    "int4 carve, 2K tokens": Setting(tokens=2_048),
+    "int4 carve, 2K tokens": Setting(tokens=2_048, told=True),
+    "int4 carve, 2K tokens as they are": Setting(tokens=2_048),
     "int4 GPTQ own, 2K tokens": Setting(quantize={"method": "gptq"}, tokens=2_048),
     "int8 carve": Setting(bits=8),
     "3 bits mixed, carve": Setting(bits=3, mixed=True),
@@ -113,6 +121,13 @@ class Carved:
         limits = {BITS: setting.bits} if setting.mixed else {}
         nominal = 4 if setting.mixed else int(setting.bits)
         context = replace(context, bits=nominal, limits=limits)
+        if setting.told:
+            few = limit_batches(context.batches, setting.tokens)
+            more = missing(program, few, ENOUGH)
+            generator = torch.Generator().manual_seed(self.bench.seed)
+            if more:
+                few, _ = stretched(program, few, more, len(few[0].inputs[0][0]), generator)
+            context = replace(context, batches=few)
         began = time.monotonic()
         results = PassManager(setting.passes())(program, context)
         seconds = time.monotonic() - began

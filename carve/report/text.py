@@ -66,6 +66,12 @@ def render(report: dict[str, Any]) -> str:
             f"skipped tokens asked {skip['asked']}, realised {skip['realised']:.3f} of the tokens "
             f"at {len(skip['blocks'])} gated blocks"
         ]
+    text = report.get("calibration") or {}
+    if text.get("told_again"):
+        lines[1:1] = [
+            f"{text['told_again']} of {text['tokens']} calibration tokens told by the model, "
+            "for the text is short"
+        ]
     lines.append(pass_table(report["passes"], quality))
     lines += _allocation(report)
     lines += _gates(report)

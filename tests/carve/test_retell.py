@@ -20,7 +20,7 @@ from carve.calibration import (
 )
 from carve.capture import capture_checkpoint
 from carve.program import Program
-from carve.retell import ENOUGH, missing, stretched, tokens_in
+from carve.retell import ENOUGH, KEPT, missing, stretched, tokens_in
 
 REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
 Get = Callable[[str], tiny.Captured]
@@ -78,7 +78,7 @@ def test_rows_begin_as_given(captured: Get) -> None:
     assert again.min() >= 0 and again.max() < program.config["vocab_size"]
     for row in again:
         same = (row == given).long().cumprod(1).sum(1).max()  # the tokens it begins with
-        assert 4 <= same <= 40
+        assert 1 <= same <= KEPT + 4  # some are drawn as they were
     assert len({tuple(r.tolist()) for r in again}) == len(again) == 47
 
 
