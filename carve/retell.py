@@ -50,9 +50,8 @@ def stretched(
 
     Of a row the first tokens are kept, one to `KEPT`, the same number in `ROWS` rows, and every
     later one is drawn from the model's distribution (keeping up to half of a row tells less that is
-    new, and loses a sixth more). Judged is a
-    quarter of the given text at the most, which stands first (`carve.calibration.hold_back`) and is
-    not told again.
+    new, and loses a sixth more). Judged is a quarter of the given text at the most, which stands
+    first (`carve.calibration.hold_back`) and is not told again.
 
     Args:
         program: a decoder, which gives logits ``[B, S, V]`` and its cache.
