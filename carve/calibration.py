@@ -27,6 +27,14 @@ class Batch:
     inputs: tuple[Tensor, ...]
     mask: Tensor | None = None
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens count; what is no row of tokens counts as one."""
+        if self.mask is not None:
+            return int(self.mask.sum())
+        rows = self.inputs[0]
+        return rows.shape[0] * (rows.shape[1] if rows.ndim == 2 else 1)
+
     def rows(self, start: int, stop: int | None = None) -> Batch:
         """Some of its rows."""
         mask = None if self.mask is None else self.mask[start:stop]

@@ -24,7 +24,7 @@ ROWS = 32
 
 def tokens_in(batches: Sequence[Batch]) -> int:
     """Tokens that count in ``batches``."""
-    return sum(int(b.inputs[0].numel() if b.mask is None else b.mask.sum()) for b in batches)
+    return sum(b.tokens for b in batches)
 
 
 def missing(program: Program, batches: Sequence[Batch], asked: int) -> int:
@@ -36,6 +36,11 @@ def missing(program: Program, batches: Sequence[Batch], asked: int) -> int:
         return 0
     wanted, have = min(asked, ENOUGH), tokens_in(batches)
     return 0 if have >= 0.75 * wanted else wanted - have
+
+
+def judged_on(batches: Sequence[Batch], asked: int) -> int:
+    """Tokens to judge on where text is short: a quarter of it at the most."""
+    return max(1, min(asked, tokens_in(batches) // 4))
 
 
 def stretched(
@@ -61,7 +66,7 @@ def stretched(
         generator: for every draw.
         progress: shows the groups of rows.
     """
-    judge = min(judge, tokens_in(batches) // 4)
+    judge = judged_on(batches, judge)
     rest, judged = hold_back(batches, judge)
     kept = tokens_in(rest) + tokens_in(judged) > tokens_in(batches)
     first = [] if kept else judged  # among the rest, where there are few rows
@@ -69,7 +74,7 @@ def stretched(
     count = -(-tokens // given.shape[1])
     groups = torch.split(given.repeat(-(-count // len(given)), 1)[:count], ROWS)
     told = torch.cat([_told(program, rows, generator) for rows in progress(groups)])
-    return [*first, *rest, *decoder_batches(program, told, 8)], max(1, judge)
+    return [*first, *rest, *decoder_batches(program, told, 8)], judge
 
 
 @torch.no_grad()

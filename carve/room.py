@@ -21,7 +21,7 @@ from carve.estimate import Room
 from carve.lineup import Tokens, request_of
 from carve.passbase import peak_rss_mb
 from carve.program import Program
-from carve.retell import missing
+from carve.retell import judged_on, missing
 from carve.workload import Scene
 
 _TRUST = 0.7
@@ -47,7 +47,7 @@ def scene_of(
     widths = {} if config.is_dense else plan_widths(program, request, skips)
     seen, final = _positions(batches), _positions(held)
     told = missing(program, batches, asked.calibration)
-    judge = min(seen // 4 if told else seen, asked.judge)
+    judge = judged_on(batches, asked.judge) if told else min(seen, asked.judge)
     tokens = Tokens(seen + told, final, min(final, asked.after_pass), judge, told)
     rows, length = _shape(batches[0].inputs[0])
     copied = 0.0 if folder is None else _tokenizer_size(folder)

@@ -74,7 +74,7 @@ class Finetune(Pass[FinetuneConfig]):
         """Train, then set the thresholds anew and keep what is better."""
         whole = context.stream or context.batches
         batches = [part for b in whole for part in _parts(b, self.config.batch)]
-        sizes = [_tokens(b) for b in batches]
+        sizes = [b.tokens for b in batches]
         losses: list[float] = []
         seen = 0
 
@@ -205,12 +205,5 @@ def _optimizers(groups: Sequence[dict[str, object]]) -> list[torch.optim.Optimiz
 def _parts(batch: Batch, tokens: int) -> Iterator[Batch]:
     """A batch in parts of whole rows, each of about ``tokens`` at the most."""
     count = len(batch.inputs[0])
-    size = max(1, tokens * count // max(1, _tokens(batch)))
+    size = max(1, tokens * count // max(1, batch.tokens))
     return (batch.rows(i, min(count, i + size)) for i in range(0, count, size))
-
-
-def _tokens(batch: Batch) -> int:
-    if batch.mask is not None:
-        return int(batch.mask.sum())
-    rows = batch.inputs[0]
-    return rows.shape[0] * (rows.shape[1] if rows.ndim == 2 else 1)

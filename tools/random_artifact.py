@@ -29,7 +29,8 @@ from carve import artifact as art
 from carve.capture import capture_checkpoint
 from carve.emit.onnx import emit
 from carve.emit.tvm.emit import emit_tvm
-from carve.emit.tvm.names import PREFIX, processor
+from carve.emit.tvm.names import PREFIX, folder_of, processor
+from carve.targets import ONNX
 from carve.write_artifact import model_facts
 
 
@@ -54,17 +55,17 @@ def main() -> None:
     sys.stderr.write(f"{share:.3f} of the dense multiply-accumulates\n")
     art.check_output(args.output)
     with art.staged(args.output) as stage:
-        targets = {}
+        targets, shared = {}, True  # TVM's functions always write into the cache they are given
         for target in args.targets.split(","):
             began, used = time.monotonic(), time.process_time()
-            folder = stage / ("onnx" if target == "onnx-cpu" else target.replace(":", "/"))
-            folder.mkdir(parents=True)
-            if target == "onnx-cpu":
-                path = folder / "model.onnx"
-                emit(program, path, args.bits)
+            if target == ONNX:
+                (stage / "onnx").mkdir()
+                emitted = emit(program, stage / "onnx" / "model.onnx", args.bits)
+                shared, path = emitted.shared_cache, emitted.path
             elif target.startswith(PREFIX):
-                emit_tvm(program, folder, args.bits, target, processor(target))
-                path = folder / "index.json"
+                folder = stage / folder_of(target)
+                folder.mkdir(parents=True)
+                path = emit_tvm(program, folder, args.bits, target, processor(target)).path
             else:
                 a.error(f"no target {target} here")
             targets[target] = {"model": str(path.relative_to(stage)), "bits": args.bits}
@@ -78,7 +79,7 @@ def main() -> None:
             "carve": "0",
             "kind": "decoder",
             "source": {"id": "random"},
-            "model": model_facts(program, True, args.checkpoint),
+            "model": model_facts(program, shared, args.checkpoint),
             "targets": targets,
         }
         art.write_json(stage / "manifest.json", {**manifest, "files": art.hashes(stage)})

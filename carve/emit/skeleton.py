@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -157,7 +156,7 @@ def quiet() -> Iterator[None]:
             x.setLevel(level)
 
 
-_KEPT: OrderedDict[str, ir.Model] = OrderedDict()
+_KEPT: dict[str, ir.Model] = {}  # the one used last is the last
 _MOST_KEPT = 8
 
 
@@ -183,13 +182,13 @@ def skeleton(program: Program) -> tuple[ir.Model, dict[str, Tensor]]:
     """
     module, weights = _stand_in(program)
     key = _key(module, program)
-    if key in _KEPT:
-        _KEPT.move_to_end(key)
-    else:
-        _KEPT[key] = _translated(module, program)
-        while len(_KEPT) > _MOST_KEPT:
-            _KEPT.popitem(last=False)
-    return _KEPT[key].clone(), weights
+    model = _KEPT.pop(key, None)
+    if model is None:
+        model = _translated(module, program)
+    _KEPT[key] = model
+    for old in list(_KEPT)[:-_MOST_KEPT]:
+        _KEPT.pop(old, None)
+    return model.clone(), weights
 
 
 def _translated(module: fx.GraphModule, program: Program) -> ir.Model:
