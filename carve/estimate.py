@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from carve.config import ConvertConfig, parse_size
+from carve.emit.tvm.names import PREFIX
 from carve.engine_form import FOREIGN
 from carve.errors import UserError
 from carve.grid import BLOCK, large_table
@@ -23,6 +24,8 @@ _PAGE = 1e5
 """Bytes of reports and recipe, whatever the model."""
 _NODE, _TENSOR = 250.0, 512.0
 """Bytes of a graph for each operator and each tensor."""
+_LIBRARY, _LAYER, _KERNEL = 4e5, 2.5e4, 8e4
+"""Bytes of a library for TVM: of any, for each layer, for each other set of widths."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,12 @@ def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
         own = min(own, float(parse_size(config.size, "size")))
     own += _NODE * len(program.module.graph.nodes)
     own += _TENSOR * sum(1 for _ in program.module.parameters())
-    return {t: total if t in FOREIGN else own for t in config.targets}
+    widths = len({split for _, split in scene.carved})
+    library = _LIBRARY + _LAYER * len(program.sites) + _KERNEL * widths
+    return {
+        t: total if t in FOREIGN else own + (library if t.startswith(PREFIX) else 0.0)
+        for t in config.targets
+    }
 
 
 def _state(scene: Scene, names: Sequence[str]) -> float:

@@ -87,9 +87,12 @@ def test_answer(checkpoint: Path, out: Path, capsys: Captured) -> None:
         assert word in shown
 
 
-def test_sizes_are_those_of_the_artifact(checkpoint: Path, out: Path, capsys: Captured) -> None:
+@pytest.mark.parametrize("target", ["hf", "tvm:x86_64"])
+def test_sizes_are_those_of_the_artifact(
+    checkpoint: Path, out: Path, capsys: Captured, target: str
+) -> None:
     """Disk depends on no clock, so it can be compared here; `test_convert` does for ONNX."""
-    request = ["--effort", "none", "--target", "hf"]
+    request = ["--effort", "none", "--target", target]
     assert planned(checkpoint, out, *request) == 0
     plan = result(capsys)
     assert convert(checkpoint, out, "--budget", "0.7", "--keep-state", *request) == 0
