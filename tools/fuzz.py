@@ -141,7 +141,7 @@ def run(name: str, work: Path, seconds: float) -> tuple[int, list[str]]:
             what = re.findall(
                 r"^(?:.*ERROR: .*|\w[\w.]*(?:Error|Exception|Interrupt)\b.*)$", text, re.M
             )
-            found.append(f"{(what or ['?'])[-1][:200]} ({(kept or ['no input kept'])[-1]})")
+            found.append(f"{(what or ['?'])[0][:200]} ({(kept or ['no input kept'])[-1]})")
             if not kept:
                 time.sleep(1)
     return total, found

@@ -11,6 +11,7 @@ from typing import Any
 
 import carve_runtime
 import numpy as np
+from carve_runtime import engine
 from carve_runtime.errors import CarveRuntimeError
 from carve_runtime.files import FileError, parse_json
 from carve_runtime.index import read_index
@@ -170,6 +171,7 @@ def targets(seeds: Path, work: Path) -> dict[str, Callable[[], Target]]:
         box = Sandbox(seeds / name, work)
         text = (box.root / "manifest.json").read_bytes()
         names = sorted(json.loads(text)["files"])
+        engine.ort()  # reads files of the system once, as it is imported
 
         def use() -> None:
             with carve_runtime.load(box.root, target=target, threads=1) as model:
