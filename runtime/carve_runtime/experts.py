@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -25,9 +24,6 @@ _MOST_GRAPH = 1 << 26
 class Experts(Protocol):
     """Where the experts of a model run."""
 
-    predicts: bool
-    """Whether `expect` is worth calling."""
-
     def run(self, layer: int, x: Rows, routes: Rows) -> Rows:
         """Sum over a layer's experts.
 
@@ -39,6 +35,10 @@ class Experts(Protocol):
         Returns:
             ``[n, d]``: each row the sum of its experts' results, in the order of the experts.
         """
+        ...
+
+    def asks(self, layer: int) -> bool:
+        """Whether `expect` is worth calling for a layer now."""
         ...
 
     def expect(self, layer: int, scores: Rows) -> None:
@@ -188,9 +188,8 @@ class LocalExperts:
     ) -> None:
         index = file.index
         self._layers = index.layers
-        self.predicts = prefetch and budget is not None
+        self._prefetch = prefetch and budget is not None
         self._pool = ThreadPoolExecutor(threads, "carve-expert") if threads > 1 else None
-        self._expected = threading.local()
         self._all: dict[Key, ExpertSession] | None = None
         self._residency = Residency(
             file.load,
@@ -210,15 +209,17 @@ class LocalExperts:
         """What was found, read and predicted."""
         return self._residency.stats
 
+    def asks(self, layer: int) -> bool:
+        """See `Experts.asks`."""
+        return self._prefetch and self._residency.asks(layer)
+
     def expect(self, layer: int, scores: Rows) -> None:
         """Start to load the experts that ``scores`` ``[n, E]`` would choose."""
         self.fetch(layer, [e for e, _ in chosen_rows(likely(self._layers[layer], scores))])
 
     def fetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start to load experts of a layer that comes next."""
-        keys = [(layer, e) for e in experts]
-        self._expected.keys = layer, frozenset(keys)
-        self._residency.prefetch(keys)
+        self._residency.prefetch(layer, [(layer, e) for e in experts])
 
     def run(self, layer: int, x: Rows, routes: Rows) -> Rows:
         """See `Experts.run`."""
@@ -231,8 +232,7 @@ class LocalExperts:
         if self._all is not None:
             return self._each_of_all(self._all, layer, x, chosen)
         keys = [(layer, e) for e, _ in chosen]
-        at, expected = getattr(self._expected, "keys", (None, None))
-        resident = self._residency.want(layer, keys, len(x), expected if at == layer else None)
+        resident = self._residency.want(layer, keys, len(x))
         rows = {(layer, e): r for e, r in chosen}
         # What is there runs while the rest is read.
         order = sorted(keys, key=lambda key: key not in resident)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from carve_runtime.index import Key
 POLICIES = ("lfu", "lru")
 _MEMORY = 1 / 64
 _LOADERS = 2
+_ASK = 8
+"""Steps of which one is guessed where reading ahead does not pay."""
 
 
 @dataclass(slots=True)
@@ -106,6 +109,37 @@ class _Layers:
         return self.steps.get(key[0], 0)
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """Of the experts of a layer that were guessed and not there, how many a step then took.
+
+    One that it took would have been loaded anyway; any other is loaded for nothing and pushes out
+    what may be wanted. Older guesses count ever less.
+    """
+
+    taken: float = 1.0
+    other: float = 0.0
+    asked: int = 0
+
+    @property
+    def pays(self) -> bool:
+        return self.taken >= self.other
+
+    def judge(self, guessed: int, taken: int) -> None:
+        old = (1.0 - _MEMORY) ** guessed
+        self.taken = self.taken * old + taken
+        self.other = self.other * old + guessed - taken
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """Experts that a step was said to take of a layer; ``absent`` were not there."""
+
+    layer: int
+    keys: frozenset[Key]
+    absent: frozenset[Key]
+
+
 class Residency:
     """A cache of loaded experts; safe to share between threads.
 
@@ -143,6 +177,9 @@ class Residency:
         self._layers = _Layers()
         self._used = self._clock = 0
         self._wanted: dict[int, frozenset[Key]] = {}
+        self._guesses: dict[int, _Guess] = {}
+        self._absent = Counter(layer for layer, _ in cost)
+        self._ahead = {layer: _Ahead() for layer in self._absent}
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(_LOADERS, "carve-load")
         self.stats = ExpertStats()
@@ -158,9 +195,7 @@ class Residency:
         for slot in begun:
             slot.value.result()
 
-    def want(
-        self, layer: int, keys: Sequence[Key], rows: int, expected: frozenset[Key] | None
-    ) -> frozenset[Key]:
+    def want(self, layer: int, keys: Sequence[Key], rows: int) -> frozenset[Key]:
         """A step of ``rows`` reached a layer and takes ``keys``; returns those that are resident.
 
         Missing ones are begun as far as there is room at once.
@@ -181,21 +216,41 @@ class Residency:
                     found.append(key)
                 else:
                     self.stats.late += 1
-            if expected is not None:
-                self.stats.expected += len(expected)
-                self.stats.right += len(expected.intersection(keys))
+            guess = self._guesses.pop(threading.get_ident(), None)
+            if guess is not None and guess.layer == layer:
+                self.stats.expected += len(guess.keys)
+                self.stats.right += len(guess.keys.intersection(keys))
                 self.stats.of += len(keys)
+                taken = len(guess.absent.intersection(keys))
+                self._ahead[layer].judge(len(guess.absent), taken)
             for key in keys:
                 if key not in self._slots and not self._begin_if_room(key):
                     break
             return frozenset(found)
 
-    def prefetch(self, keys: Sequence[Key]) -> None:
-        """Begin to load ``keys`` as far as colder ones can make room; nothing waits."""
+    def asks(self, layer: int) -> bool:
+        """Whether to guess what a step will take of a layer.
+
+        Not where all is there; and seldom where reading ahead has not paid of late, see `_Ahead`.
+        """
         with self._changed:
-            self._wanted[threading.get_ident()] = frozenset(keys)
-            for key in sorted(keys, key=self._keep, reverse=True):
-                if key not in self._slots and not self._begin_if_room(key):
+            if not self._absent[layer]:
+                return False
+            ahead = self._ahead[layer]
+            ahead.asked += 1
+            return ahead.pays or ahead.asked % _ASK == 0
+
+    def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
+        """Begin to load ``keys`` of a layer where that pays, as far as there is room at once."""
+        with self._changed:
+            me = threading.get_ident()
+            absent = [key for key in keys if key not in self._slots]
+            self._guesses[me] = _Guess(layer, frozenset(keys), frozenset(absent))
+            if not absent or not self._ahead[layer].pays:
+                return
+            self._wanted[me] = frozenset(keys)
+            for key in sorted(absent, key=self._keep, reverse=True):
+                if not self._begin_if_room(key):
                     return
 
     def everything(self) -> dict[Key, Any]:
@@ -287,6 +342,7 @@ class Residency:
         except RuntimeError as error:
             raise CarveRuntimeError("closed", "the model is closed", "load it again") from error
         self._slots[key] = slot = _Slot(self._cost[key], value, last=self._clock)
+        self._absent[key[0]] -= 1
         value.add_done_callback(self._loaded)
         return slot
 
@@ -297,4 +353,5 @@ class Residency:
     def _drop(self, key: Key, slot: _Slot) -> None:
         if self._slots.get(key) is slot:
             del self._slots[key]
+            self._absent[key[0]] += 1
             self._used -= slot.cost

@@ -160,7 +160,7 @@ class ShardedExperts:
         own = held_by(file.index, holders, devices)
         options = [_NO_LIMITS if limits is None else limits.of(d) for d in range(devices)]
         costs = {} if limits is None else limits.costs
-        self.predicts = limits is not None and limits.prefetch
+        self._prefetch = limits is not None and limits.prefetch
         self._shards: dict[int, _Shard] = {}
         try:
             for d in range(1, devices):
@@ -194,6 +194,10 @@ class ShardedExperts:
     def pids(self) -> list[int]:
         """The other processes."""
         return [s.pid for s in self._shards.values()]
+
+    def asks(self, layer: int) -> bool:
+        """Always where there is a limit: each process knows for itself whether it pays."""
+        return self._prefetch
 
     def expect(self, layer: int, scores: Rows) -> None:
         """Let every process read ahead what it would be asked for."""

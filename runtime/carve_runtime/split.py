@@ -142,7 +142,7 @@ class SplitEngine:
                 x, routes = (made[f"{n}.{k}"].numpy() for n in ("x", "routes"))
                 y = self.experts.run(k, x, routes)
                 made[f"y.{k}"] = value(y)
-                if self.experts.predicts and k + 1 < len(trunk.layers):
+                if k + 1 < len(trunk.layers) and self.experts.asks(k + 1):
                     self._expect(trunk.layers[k + 1], k + 1, made, y)
 
     def _expect(self, layer: Layer, k: int, made: Mapping[str, Any], y: NDArray[Any]) -> None:

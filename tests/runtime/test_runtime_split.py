@@ -20,7 +20,10 @@ import carve_runtime
 import numpy as np
 import pytest
 from carve_runtime import ArtifactError, CarveRuntimeError, Model, RequestError
+from carve_runtime.experts import LocalExperts
+from carve_runtime.index import Key
 from carve_runtime.placement import Copies
+from carve_runtime.residency import Residency
 from tiny_artifacts import VOCAB, plain_ids, seal
 from tiny_split import EXPERTS, write_split
 
@@ -125,6 +128,54 @@ def test_limited_memory_changes_no_number(
     assert 0.1 < stats.hit_rate < 1
     if prefetch:  # the router itself predicts, which is much better than chance
         assert stats.recall > 1.5 * 2 / EXPERTS
+
+
+def decode(residency: Residency, steps: int, guess: Callable[[int], int]) -> None:
+    """One layer that takes expert 0, 1, 2, 3, 0 ... in turn, and what was guessed of each step."""
+    for t in range(steps):
+        if residency.asks(0):
+            residency.prefetch(0, [(0, guess(t))])
+        key = (0, t % 4)
+        residency.want(0, [key], 1)
+        with residency.use(key):
+            pass
+        residency.done()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_reading_ahead_ends_where_it_does_not_pay(right: bool) -> None:
+    """A guess that is right comes of every step; one that never is, of every eighth."""
+    loads: list[Key] = []
+
+    def load(key: Key) -> Key:
+        loads.append(key)
+        return key
+
+    every = {(0, e): 1 for e in range(8)}
+    residency = Residency(
+        load, every, every, budget=2, policy="lru", hotness=dict.fromkeys(every, 0.5)
+    )
+    decode(residency, 200, lambda t: t % 4 if right else 4 + t % 4)
+    residency.close()
+    stats = residency.stats
+    if right:
+        assert stats.expected == stats.right == stats.late + stats.hits == 200
+        assert len(loads) == 200
+    else:
+        assert stats.right == 0 and 25 <= stats.expected < 32
+        assert len(loads) < 210
+
+
+def test_nothing_is_guessed_where_all_is_there() -> None:
+    every = {(0, e): 1 for e in range(4)}
+    residency = Residency(
+        lambda key: key, every, every, budget=4, policy="lfu", hotness=dict.fromkeys(every, 0.5)
+    )
+    residency.fill(list(every))
+    assert not residency.asks(0)
+    decode(residency, 8, lambda _: 0)
+    assert residency.stats.expected == 0 and residency.stats.hits == 8
+    residency.close()
 
 
 def test_sessions_in_threads_share_a_budget(split: dict[int, Path]) -> None:
@@ -442,7 +493,10 @@ def test_hostile_indexes(damaged: Path, damage: Callable[[Index], object]) -> No
     assert caught.value.code in ("model", "unsafe-path")
 
 
-def test_stream_that_is_none_and_expert_of_another_width(damaged: Path) -> None:
+def test_stream_that_is_none_and_expert_of_another_width(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalExperts, "asks", lambda *_: True)  # all is there
     path = damaged / "split/index.json"
     sound = path.read_text()
     index = json.loads(sound)
