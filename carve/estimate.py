@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from carve.config import ConvertConfig, parse_size
+from carve.emit.hf import stored_dtype
 from carve.emit.tvm.names import PREFIX
 from carve.engine_form import FOREIGN
 from carve.errors import UserError
@@ -92,7 +93,8 @@ def _stored(scene: Scene) -> tuple[float, float, float]:
 def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
     """Bytes of every target."""
     program = scene.program
-    total, _, _ = _stored(scene)
+    weights = sum(t.numel() for t in program.module.parameters())
+    foreign = float(weights * stored_dtype(program).itemsize)
     bits = config.average_bits
     try:
         sizes, _ = planned_sizes(program, scene.splits, bits)
@@ -106,7 +108,7 @@ def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
     widths = len({split for _, split in scene.carved})
     library = _LIBRARY + _LAYER * len(program.sites) + _KERNEL * widths
     return {
-        t: total if t in FOREIGN else own + (library if t.startswith(PREFIX) else 0.0)
+        t: foreign if t in FOREIGN else own + (library if t.startswith(PREFIX) else 0.0)
         for t in config.targets
     }
 
