@@ -6,10 +6,10 @@ Usage::
     python tools/random_artifact.py big big4 --bits 4 --targets onnx-cpu,tvm:x86_64
     python tools/tvm_speed.py big4
 
-Every FFN is split into slices (`baselines.random_split`), seven of them shared and four of the
-others chosen for each token: 11 of 22, half of the FFN, which is a budget of 0.6 for the 1.1B Llama
-shape. Weights are rounded to the nearest as they are written. What the model says means nothing;
-what it reads and multiplies is what a converted model of those widths reads and multiplies.
+Every FFN is split into slices (`baselines.random_split`), 14 of them shared and eight of the others
+chosen for each token: 22 of 44, half of the FFN, which is a budget of 0.6 for the 1.1B Llama shape.
+Weights are rounded to the nearest as they are written. What the model says means nothing; what it
+reads and multiplies is what a converted model of those widths reads and multiplies.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def main() -> None:
     a.add_argument("output", type=Path)
     a.add_argument("--bits", type=int, default=4)
     a.add_argument("--targets", default="onnx-cpu,tvm:x86_64")
-    a.add_argument("--slices", type=int, default=22)
-    a.add_argument("--shared", type=int, default=7)
-    a.add_argument("--top-k", type=int, default=4)
+    a.add_argument("--slices", type=int, default=44)
+    a.add_argument("--shared", type=int, default=14)
+    a.add_argument("--top-k", type=int, default=8)
     args = a.parse_args()
     program = capture_checkpoint(args.checkpoint)
     for seed, site in enumerate(program.sites):

@@ -100,6 +100,15 @@ def test_shared_share_moves_neurons(program: Program) -> None:
         assert little[name].shared_size < much[name].shared_size
 
 
+@pytest.mark.parametrize("asked", [0.5, 0.6, 0.7])
+def test_wide_ffns_have_finer_experts(asked: float, program: Program) -> None:
+    """Eight a token, no wider than an eighth of what is routed by much."""
+    for s in plan_widths(program, asked, None, 0.7).values():
+        assert s.top_k == b.MANY
+        assert s.expert_size <= 0.3 * s.active_size / b.MANY + b.BLOCK
+        assert s.shared_size / s.active_size == pytest.approx(0.7, abs=0.15)
+
+
 def test_unreachable_budget_names_the_least(program: Program) -> None:
     least = least_budget(program)
     assert program.attention_macs / program.dense_macs < least < 0.5
