@@ -23,6 +23,7 @@ _BUNDLED = Path(__file__).resolve().parents[2] / "lib" / "libtvm_runtime.so"
 _LOCK = threading.Lock()
 _LOADED: list[Any] = []
 _SHARE_CORES = -3  # TVM's kSpecifyThreadShareAllCore
+_SPINS = "2000"  # about a millisecond on an idle core, longer than what lies between two kernels
 _THREADS = threading.local()
 
 
@@ -41,6 +42,9 @@ def runtime() -> Any:
 def _load() -> Any:
     # Workers that are bound to cores wait for whatever else runs on them.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    # An idle worker yields so often before it sleeps, and the process cannot end meanwhile. Where
+    # other work takes each turn that it yields, the 300,000 that TVM has take many minutes.
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _SPINS)
     # Else tvm_ffi compiles an extension of torch as it is imported.
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     hide = "torch" not in sys.modules

@@ -102,7 +102,7 @@ def test_shared_share_moves_neurons(program: Program) -> None:
 
 @pytest.mark.parametrize("asked", [0.5, 0.6, 0.7])
 def test_wide_ffns_have_finer_experts(asked: float, program: Program) -> None:
-    """Eight a token, no wider than an eighth of what is routed by much."""
+    """Eight a token, each about an eighth of what is routed."""
     for s in plan_widths(program, asked, None, 0.7).values():
         assert s.top_k == b.MANY
         assert s.expert_size <= 0.3 * s.active_size / b.MANY + b.BLOCK
