@@ -194,6 +194,7 @@ def choose_split(site: FFNSite, macs: float, request: Request, skip: float = 0.0
         return None
     options = splits_of(site, request.num_experts, request.top_k, request.form)
     fitting = [s for s in options if cost_of(site, s, request, skip) <= macs]
+    wide = any(s.top_k == MANY for s in options)
     if not fitting:
         least = min((cost_of(site, s, request, skip) for s in options), default=site.dense.macs)
         raise UserError(
@@ -207,8 +208,10 @@ def choose_split(site: FFNSite, macs: float, request: Request, skip: float = 0.0
         share = abs(s.shared_size / s.active_size - request.shared_share)
         # Half a percent of the FFN left unused weighs as much as a tenth of shared share. Experts
         # half as wide lose a sixth less (reference model, half of the FFNs, 32 and 16 neurons).
-        widest = (1.0 - request.shared_share) * s.active_size / MANY
-        coarse = COARSE * max(0.0, math.log2(s.expert_size / max(widest, BLOCK)))
+        coarse = 0.0
+        if wide:
+            widest = (1.0 - request.shared_share) * s.active_size / MANY
+            coarse = COARSE * max(0.0, math.log2(s.expert_size / max(widest, BLOCK)))
         return (round(unused / 0.005) * 0.1 + share + coarse, -s.num_experts)
 
     return min(fitting, key=cost)
