@@ -68,6 +68,16 @@ def macs_of(site: FFNSite, split: Split) -> int:
     return matrices(site) * d * split.active_size + d * split.num_experts
 
 
+def _unit(size: int) -> int:
+    """What widths of an FFN of ``size`` neurons are multiples of."""
+    return BLOCK if size % BLOCK == 0 and size >= 8 * BLOCK else max(1, size // 32)
+
+
+def is_wide(size: int, form: EngineForm) -> bool:
+    """Whether an FFN of ``size`` neurons has room for `MANY` fine experts a token."""
+    return size >= 5 * MANY * math.lcm(_unit(size), form.multiple)
+
+
 def splits_of(
     site: FFNSite, num_experts: int | None, top_k: int | None, form: EngineForm = ANY
 ) -> list[Split]:
@@ -80,10 +90,10 @@ def splits_of(
     two of them then.
     """
     size = site.dense.intermediate_size
-    unit = BLOCK if size % BLOCK == 0 and size >= 8 * BLOCK else max(1, size // 32)
+    unit = _unit(size)
     step = math.lcm(unit, form.multiple)
     few = [2, 3, 4] if step > unit else []
-    wide = size >= 5 * MANY * step
+    wide = is_wide(size, form)
     most, every = (64, 1) if wide else (32, 2)
     experts = [num_experts] if num_experts else [*few, *range(6, most + 1, every)]
     found = []
@@ -194,7 +204,8 @@ def choose_split(site: FFNSite, macs: float, request: Request, skip: float = 0.0
         return None
     options = splits_of(site, request.num_experts, request.top_k, request.form)
     fitting = [s for s in options if cost_of(site, s, request, skip) <= macs]
-    wide = any(s.top_k == MANY for s in options)
+    many = any(s.top_k == MANY for s in options)
+    wide = many and is_wide(site.dense.intermediate_size, request.form)
     if not fitting:
         least = min((cost_of(site, s, request, skip) for s in options), default=site.dense.macs)
         raise UserError(

@@ -81,13 +81,11 @@ def room_of(
     return Room(memory, output, _state(scene, names))
 
 
-def _stored(scene: Scene) -> tuple[float, float, float]:
-    """Bytes of the dense weights, of the FFNs to be carved among them, and of other linears."""
-    p = scene.program
-    total = float(sum(t.nbytes for t in p.module.parameters()))
+def _stored(scene: Scene) -> tuple[float, float]:
+    """Bytes of the dense weights of the FFNs to be carved, and of other linears."""
     carved = float(sum(t.nbytes for s, _ in scene.carved for t in s.dense.tensors().values()))
     linears = float(sum(n.weight.nbytes for n in scene.others))
-    return total, carved, linears
+    return carved, linears
 
 
 def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
@@ -115,7 +113,7 @@ def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
 
 def _state(scene: Scene, names: Sequence[str]) -> float:
     """Bytes of the states of all passes: each stores what it changed."""
-    _, carved, linears = _stored(scene)
+    carved, linears = _stored(scene)
     down = sum(s.dense.down.nbytes for s, _ in scene.carved)
     biases = sum(4 * (s.num_experts + 1) * f.dense.down.shape[0] for f, s in scene.carved)
     routers = sum(4 * s.num_experts * f.dense.up.shape[1] for f, s in scene.carved)
@@ -139,7 +137,7 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
 
 def _working(scene: Scene, names: Sequence[str]) -> float:
     """Most bytes that passes hold at once, beside the weights that are there when they begin."""
-    _, carved, linears = _stored(scene)
+    carved, linears = _stored(scene)
     t = scene.layerwise
     widths = [s.dense.up.shape[1] for s in scene.program.sites]
     d, m = max(widths), max(s.dense.intermediate_size for s in scene.program.sites)
