@@ -167,7 +167,6 @@ def check(
             same.setdefault(name, []).append(agreement(want, ids, len(new)))
             gaps.setdefault(name, []).append(float(np.abs(have - want).max()))
     rows = [
-        ["needs", made.needs],
         ["program, MB", f"{made.program_bytes / 1e6:.2f}"],
         ["weights, index and tokenizer, MB", f"{made.model_bytes / 1e6:.2f}"],
         ["first token after, s", f"{statistics.median(firsts):.2f}"],
@@ -177,7 +176,7 @@ def check(
         rows.append([f"same tokens as {name}", f"{sum(same[name])} of {total} {same[name]}"])
         rows.append([f"largest difference of a logit, {name}", f"{max(gaps[name]):.1e}"])
     how = "under " + start[0] if start[0].startswith("qemu") else "here"
-    return [[f"{made.target}, {how}", *row] for row in rows]
+    return [["figure", f"{made.target}, {how}"], *rows]
 
 
 def main() -> None:
@@ -203,13 +202,15 @@ def main() -> None:
             source = work / "artifact"
             program = converted(args.path, source, args)
         model = carve_runtime.load(source, target="onnx-cpu", threads=args.threads)
-        rows = []
+        columns, needs = [], []
         for name in model.manifest.targets:
             if name.startswith(PREFIX):
                 folder = work / name.replace(":", "-")
                 made = bundle(source, name, folder, None if name == _own() else args.wheels)
-                rows += check(model, program, made, args)
-    print(table([["bundle", "figure", "value"], *rows]))
+                columns.append(check(model, program, made, args))
+                needs.append(f"{name} needs {made.needs}")
+    print(table([[rows[0][0], *(row[1] for row in rows)] for rows in zip(*columns, strict=True)]))
+    print("\n".join(needs))
 
 
 def _own() -> str:

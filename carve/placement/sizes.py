@@ -117,16 +117,17 @@ def planned_sizes(
     one = [float(n * split.expert_size) for n, (_, split) in zip(unit, carved, strict=True)]
     shared = [float(n * split.shared_size) for n, (_, split) in zip(unit, carved, strict=True)]
     moved = sum(n * split.num_experts for n, (_, split) in zip(one, carved, strict=True))
-    tables = {w.weight.data_ptr(): w.weight for w in program.lookups if large_table(w.weight)}
-    # A table is 8 bits, and a head that shares its weights has its own.
-    own = sum(t.numel() for t in tables.values()) if bits < 16 else 0
+    tables = {w.weight.data_ptr(): w.weight for w in program.lookups} if bits < 16 else {}
+    # A large table is 8 bits, a small one fp32, and a head that shares its weights has its own.
+    own = sum(t.numel() * (1 + 4 / BLOCK if large_table(t) else 4) for t in tables.values())
     tied = sum(n.weight.numel() for n in program.linears if n.weight.data_ptr() in tables)
-    rest = program.num_parameters - moved - own + (tied if own else 0)
+    counted = sum(t.numel() for t in tables.values()) - tied
+    rest = program.num_parameters - moved - counted
     sizes = Sizes(
         [[n * per] * split.num_experts for n, (_, split) in zip(one, carved, strict=True)],
         [[n] * split.num_experts for n, (_, split) in zip(one, carved, strict=True)],
         8.0 * max(s.dense.up.shape[1] for s, _ in carved),
-        rest * per + own * (1 + 4 / BLOCK),
+        rest * per + own,
         cache_bytes(program),
         shared,
         [n * per for n in shared],
