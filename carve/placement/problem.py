@@ -211,6 +211,11 @@ def layer_latency(problem: Problem, layer: int, held: NDArray[np.intp]) -> Any:
     total: Any = 0.0
     where = one_hot(held, len(problem.devices))
     work, trips = where * problem.single[layer], problem.trip
+    if held.ndim == 1:
+        # One placement is asked for often, as experts are moved one by one; all sets at once.
+        member = sets.astype(np.float64)
+        slowest = problem.single_base[layer] + member @ work + (member @ where > 0) * trips
+        return share @ slowest.max(1)
     for members, p in zip(sets, share, strict=True):
         there = where[..., members, :].any(-2)
         busy = work[..., members, :].sum(-2)

@@ -20,7 +20,7 @@ from carve.placement.devices import Device, Devices, Link
 from carve.placement.layered import LAYERED
 from carve.placement.oracle import Oracle
 from carve.placement.place import METHODS, PlaceSettings, place
-from carve.placement.problem import OBJECTIVES, Homes, Problem, hops
+from carve.placement.problem import OBJECTIVES, Homes, Problem, hops, layer_latency
 from carve.placement.result import Placement
 from carve.placement.search import LayeredSearch
 from carve.placement.solver import GAP
@@ -132,6 +132,14 @@ def test_a_layers_programme_finds_what_trying_all_finds(objective: str, solver: 
     assert searched.value + searched.used @ prices == pytest.approx(least, rel=2 * GAP)
     assert bound == pytest.approx(least, rel=2 * GAP)
     assert set(LAYERED) == {"throughput", "latency"}
+
+
+def test_one_placement_costs_what_it_costs_among_others() -> None:
+    problem = problem_of([5, 5], 3, 1.3)
+    many = np.random.default_rng(0).integers(0, len(problem.devices), (7, 5))
+    for layer in range(2):
+        together = layer_latency(problem, layer, many)
+        assert [layer_latency(problem, layer, one) for one in many] == pytest.approx(together)
 
 
 def test_programmes_take_over_where_placements_are_too_many() -> None:
