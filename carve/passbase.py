@@ -17,6 +17,7 @@ from carve.calibration import Batch, SiteInputs
 from carve.codec import settled
 from carve.errors import CarveError
 from carve.ffn import RoutedFFN
+from carve.freeing import give_back
 from carve.program import Program
 from carve.sites import FFN, FFNSite, Linear
 from carve.storable import storable
@@ -297,6 +298,7 @@ class PassManager:
                     e.code, f"pass {p.name} (after: {before}): {e.message}", e.hint
                 ) from e
             seconds = time.monotonic() - began
+            give_back()
             record = PassResult(
                 p.name,
                 round(seconds, 2),
