@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
+from carve_runtime.heap import trim_heap
 
 from carve.budget import Request, Split, Widths
 from carve.calibration import Batch, SiteInputs
 from carve.codec import settled
 from carve.errors import CarveError
 from carve.ffn import RoutedFFN
-from carve.freeing import give_back
 from carve.program import Program
 from carve.sites import FFN, FFNSite, Linear
 from carve.storable import storable
@@ -298,7 +298,7 @@ class PassManager:
                     e.code, f"pass {p.name} (after: {before}): {e.message}", e.hint
                 ) from e
             seconds = time.monotonic() - began
-            give_back()
+            trim_heap()
             record = PassResult(
                 p.name,
                 round(seconds, 2),

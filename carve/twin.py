@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from carve_runtime.heap import trim_heap
 from torch import Tensor
 
 from carve.calibration import Batch
 from carve.dialect import LinearRule, linear, linear_rule
 from carve.executor import Pauses
-from carve.freeing import give_back
 from carve.program import Program
 from carve.sites import AtSite, FFNSite, Linear
 from carve.statistics import weights_of_size
@@ -75,7 +75,7 @@ def twin_walk(
             with linear_rule(rule()):
                 answers = [run_unit(rewritten, a.x) for a in at_other]
                 at_other = [s.send(y) for s, y in zip(other, answers, strict=True)]
-        give_back()
+        trim_heap()
 
 
 def run_unit(unit: Unit, x: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from carve_runtime.heap import trim_heap
 from torch import Tensor
 
 from carve.calibration import Batch
 from carve.executor import Pauses
-from carve.freeing import give_back
 from carve.gates import SkipLesson
 from carve.program import Program
 from carve.sites import AtSite, Block, FFNSite, Gate
@@ -65,7 +65,7 @@ def walk(
         with torch.no_grad():
             outputs = [site.dense(a.x) for a in at_dense]
         if site.routed is not None:
-            give_back()
+            trim_heap()
             yield _lesson(site, batches, at_dense, at_routed, outputs)
         with torch.no_grad():
             ffn = site.routed or site.dense
@@ -73,7 +73,7 @@ def walk(
             if i + 1 < len(sites):
                 at_dense = [s.send(y) for s, y in zip(dense, outputs, strict=True)]
                 at_routed = [s.send(y) for s, y in zip(routed, answers, strict=True)]
-        give_back()
+        trim_heap()
 
 
 def _lesson(
