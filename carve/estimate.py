@@ -145,8 +145,8 @@ def _working(scene: Scene, names: Sequence[str]) -> float:
     inputs = size if size < 1 << 30 else size / 2
     logits = 2.0 * min(scene.tokens.final * scene.vocabulary, 1 << 29)
     logits += 2.0 * scene.tokens.judge * scene.vocabulary
-    # Streams, inputs and queries of both copies, one site's lesson, and what the allocator keeps.
-    walked = 4.0 * t * d * (2 * 4 + 4 + 5)
+    # Streams, inputs and queries of both copies, and one site's lesson.
+    walked = 4.0 * t * d * (2 * 4 + 4)
     fitted = 8.0 * (m + 33) ** 2 * 3 + 4.0 * 4096 * m * 6
     batch = 4.0 * scene.rows * scene.length * (3 * scene.vocabulary + 6 * m)
     if "quantize" in names:
