@@ -11,7 +11,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ class Store:
             StateError: a file is missing, damaged or malformed.
         """
         needs = set(stored.needs)
-        tree, _ = self._open(stored.file, "")
+        tree = self._read(stored.file, lambda f: json.loads((f.metadata() or {})["value"]))
         found: dict[tuple[str, str], Tensor] = {}
 
         def find(place: Any) -> Tensor:
@@ -132,8 +132,8 @@ class Store:
             if file not in needs:
                 raise CodecError(f"a tensor lies in a file that is not listed: {file[:80]!r}")
             if (file, name) not in found:
-                tensor = self._open(file, name)[1]
-                assert tensor is not None
+                # In memory of its own.
+                tensor = self._read(file, lambda f: f.get_tensor(name).clone())
                 found[file, name] = tensor
                 self._know(tensor, (file, name))
             return found[file, name]
@@ -185,14 +185,12 @@ class Store:
             self._checked.add(name)
         return path
 
-    def _open(self, name: str, tensor: str) -> tuple[Any, Tensor | None]:
-        """A file's value, or one of its tensors in memory of its own."""
+    def _read(self, name: str, take: Callable[[Any], Any]) -> Any:
+        """What ``take`` finds in a file that is as its name says."""
         path = self._check(name)
         try:
             with safe_open(path, framework="pt") as f:
-                if tensor:
-                    return None, f.get_tensor(tensor).clone()
-                return json.loads((f.metadata() or {})["value"]), None
+                return take(f)
         except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as e:
             raise StateError(f"{path.name[:12]}{_SUFFIX} cannot be read: {e}") from e
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from carve.codec import CodecError, decode, settled
 from carve.errors import CarveError, UserError
 from carve.state_folder import Course, state_folder, state_path
 from carve.storable import storable
-from carve.store import StateError, Store, write_index
+from carve.store import StateError, Store, Stored, write_index
 from carve.typed import fits
 
 # Values
@@ -89,6 +92,15 @@ def test_malformed_values_are_refused(raw: Any) -> None:
         raw = [raw]
     with pytest.raises(CodecError, match="deep"):
         decode(raw, lambda name: torch.zeros(1))
+
+
+@pytest.mark.parametrize("place", [["", ""], ["", "1"], [], None, ["", 0], ["ab", "0"]])
+def test_tensors_that_are_not_there_are_refused(place: Any, tmp_path: Path) -> None:
+    data = save({"0": torch.zeros(2)}, {"value": json.dumps([{"tensor": place}])})
+    name = hashlib.sha256(data).hexdigest()
+    (tmp_path / f"{name}.safetensors").write_bytes(data)
+    with pytest.raises(StateError):
+        Store(tmp_path).get(Stored(name, (name,)))
 
 
 def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
