@@ -15,8 +15,10 @@ from carve.grid import BLOCK, Grid
 from carve.quantizer import RTN, Method, error_of, solve, values
 from carve.sites import Linear
 from carve.statistics import (
+    add_gram,
     down_features,
     down_matrix,
+    mirror,
     pulled_ridge,
     pulled_towards,
     with_down_matrix,
@@ -24,7 +26,10 @@ from carve.statistics import (
 from carve.twin import UnitLesson
 
 _STRENGTHS = (1e-2, 1e-1, 1.0, 10.0)
-_CHUNK = 4096
+_CHUNK, _WIDE_CHUNK = 4096, 1024
+"""Tokens at a time, of inputs and of hidden activations."""
+TOGETHER = 1 << 24
+"""Numbers in the Gram matrices of experts that are rounded side by side."""
 _FLOOR = 0.03
 """Weight of a token that gives a group of logits no probability."""
 
@@ -66,16 +71,20 @@ def _gram(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """``X'wX`` over the tokens ``index``."""
     gram = x.new_zeros(x.shape[1], x.shape[1])
     for rows in torch.split(index, _CHUNK):
-        gram += (x[rows] * weight[rows, None]).T @ x[rows]
-    return gram
+        part = x[rows]
+        add_gram(gram, part, part * weight[rows, None])
+    return mirror(gram)
 
 
 def _moments(x: Tensor, y: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """``X'wX`` and ``X'wY`` over the tokens ``index``."""
-    cross = x.new_zeros(x.shape[1], y.shape[1])
+    gram, cross = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
     for rows in torch.split(index, _CHUNK):
-        cross += (x[rows] * weight[rows, None]).T @ y[rows]
-    return _gram(x, weight, index), cross
+        part = x[rows]
+        scaled = part * weight[rows, None]
+        add_gram(gram, part, scaled)
+        cross.addmm_(scaled.T, y[rows])
+    return mirror(gram), cross
 
 
 def _size(view: Callable[[Tensor], Tensor], y: Tensor, weight: Tensor, index: Tensor) -> float:
@@ -85,7 +94,12 @@ def _size(view: Callable[[Tensor], Tensor], y: Tensor, weight: Tensor, index: Te
 
 
 def round_matrices(
-    weight: Tensor, gram: Tensor, held: Tensor, bits: Tensor, how: Rounding, tokens: float
+    weight: Tensor,
+    gram: Tensor,
+    held: Tensor,
+    bits: Tensor,
+    how: Rounding,
+    tokens: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """`solve`, or round-to-nearest where its error by ``held`` is lower, matrix by matrix.
 
@@ -94,10 +108,8 @@ def round_matrices(
 
     Shapes as there; gives weights ``[B, N, K]`` on their grids, and scales.
     """
-    gram = gram.clone()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal *= 1.0 + how.shrink * gram.shape[-1] / max(1.0, tokens)
-    z, scale = solve(weight, gram, bits, how.method, how.block)
+    shrink = how.shrink * gram.shape[-1] / torch.tensor(tokens).clamp_min(1.0)
+    z, scale = solve(weight, gram, bits, how.method, how.block, shrink)
     new = values(z, scale, how.block)
     if how.fall_back and how.method != RTN:
         z, plain_scale = solve(weight, gram, bits, RTN, how.block)
@@ -142,7 +154,7 @@ def round_linear(
         if importance is not None:
             gram, held = (_gram(x, importance, i) for i in parts)
             gram = gram + held
-        found = round_matrices(wanted[rows][None], gram[None], held[None], widths, how, len(x))
+        found = round_matrices(wanted[rows][None], gram[None], held[None], widths, how, [len(x)])
         new[rows], scale[rows] = found[0][0], found[1][0]
     bias = unit.bias
     if bias is not None and how.correct:
@@ -203,12 +215,10 @@ def head_groups(rows: int, width: int) -> int:
 def sorted_neurons(routed: RoutedFFN, x: Tensor) -> RoutedFFN:
     """Neurons of the shared expert and of every expert in order of falling size on ``x``.
 
-    The size is the root mean square of the hidden activation over all tokens. The function is the
-    same: only the order within experts changes.
+    The size is the root mean square of the hidden activation over a few thousand tokens. The
+    function is the same: only the order within experts changes.
     """
-    merged = routed.merged()
-    h = torch.cat([merged.hidden(p).square().mean(0)[None] for p in torch.split(x, _CHUNK)])
-    size = h.mean(0).sqrt()
+    size = routed.merged().hidden(x[:: -(-len(x) // _CHUNK)]).square().mean(0).sqrt()
     s, experts = routed.shared_size, routed.num_experts
     changes: dict[str, Any] = {}
     if s:
@@ -299,37 +309,43 @@ def _round_in(
             every[1][0][None],
             _widths(shared_bits, w.shape[1], how),
             how,
-            total,
+            [total],
         )
         store("shared", r.shared_gate, r.shared_up, new[0], scale[0])
-    found: list[tuple[Tensor, Tensor]] = []
     pseudo = how.prior * x.shape[1]
-    for e in range(r.num_experts):
+
+    def lesson_of(e: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """An expert's weights to be rounded, both Gram matrices and the tokens behind them."""
         w = pair(None if r.expert_gate is None else r.expert_gate[e], r.expert_up[e])
-        own, own_held = gram, every[1][0]
-        own_cross, seen = cross, total
-        if pseudo != float("inf"):
-            rows = [
-                _at_most(i[chosen[i, e]], how.balance * float(chosen[i].sum()) / r.num_experts)
-                for i in parts
-            ]
-            moments = [_moments(x, former, weight, i) for i in rows]
-            own, own_cross = (moments[0][j] + moments[1][j] for j in (0, 1))
-            own_held = moments[1][0]
-            count = float(weight[chosen[:, e]].sum())
-            mean = own.diagonal().sum() / max(count, 1.0)
-            share = pseudo / total * (mean / (gram.diagonal().sum() / total) if count else 1.0)
-            own, own_cross = own + share * gram, own_cross + share * cross
-            own_held = own_held + share * every[1][0]
-            seen = count + pseudo
-        w = corrected(w, own, own_cross)
-        new, scale = round_matrices(
-            w[None], own[None], own_held[None], _widths(expert_bits[e], w.shape[1], how), how, seen
-        )
-        found.append((new[0], scale[0]))
+        if pseudo == float("inf"):
+            return corrected(w, gram, cross), gram, every[1][0], total
+        rows = [
+            _at_most(i[chosen[i, e]], how.balance * float(chosen[i].sum()) / r.num_experts)
+            for i in parts
+        ]
+        moments = [_moments(x, former, weight, i) for i in rows]
+        own, own_cross = (moments[0][j] + moments[1][j] for j in (0, 1))
+        count = float(weight[chosen[:, e]].sum())
+        mean = own.diagonal().sum() / max(count, 1.0)
+        share = pseudo / total * (mean / (gram.diagonal().sum() / total) if count else 1.0)
+        own, own_cross = own + share * gram, own_cross + share * cross
+        own_held = moments[1][0] + share * every[1][0]
+        return corrected(w, own, own_cross), own, own_held, count + pseudo
+
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    side_by_side = max(1, TOGETHER // gram.numel())
+    for bits in {*expert_bits}:
+        same = [e for e, b in enumerate(expert_bits) if b == bits]
+        for first in range(0, len(same), side_by_side):
+            some = same[first : first + side_by_side]
+            *matrices, seen = zip(*map(lesson_of, some), strict=True)
+            w, own, own_held = map(torch.stack, matrices)
+            widths = _widths(bits, w.shape[2], how)
+            new, scale = round_matrices(w, own, own_held, widths, how, seen)
+            found.update(zip(some, zip(new, scale, strict=True), strict=True))
     names = ["expert_up"] if r.expert_gate is None else ["expert_gate", "expert_up"]
     for i, name in enumerate(names):
-        both = [(w.chunk(len(names))[i], s.chunk(len(names))[i]) for w, s in found]
+        both = [[t.chunk(len(names))[i] for t in found[e]] for e in range(r.num_experts)]
         changes[name] = torch.stack([w for w, _ in both]).to(r.expert_up.dtype)
         grids[name] = tuple(
             Grid(b, s.contiguous(), how.block) for b, (_, s) in zip(expert_bits, both, strict=True)
@@ -364,12 +380,12 @@ def _round_down(
 
     for index in parts:
         gram, right = x.new_zeros(len(start), len(start)), x.new_zeros(start.shape)
-        for rows in torch.split(index, _CHUNK):
+        for rows in torch.split(index, _WIDE_CHUNK):
             phi = features(rows)
             scaled = phi * weight[rows, None]
-            gram += scaled.T @ phi
-            right += scaled.T @ target[rows]
-        grams.append(gram)
+            add_gram(gram, phi, scaled)
+            right.addmm_(scaled.T, target[rows])
+        grams.append(mirror(gram))
         rights.append(right)
     if how.correct:
         held = parts[1]
@@ -380,7 +396,8 @@ def _round_down(
             _STRENGTHS,
             lambda view: _size(view, target, weight, held),
         ).solution
-    gram, right = grams[0] + grams[1], rights[0] + rights[1]
+    # In place: the largest matrices that there are.
+    gram, right = grams[0].add_(grams[1]), rights[0].add_(rights[1])
     bits = torch.cat(
         (
             _widths(shared_bits, r.shared_size, how),
@@ -393,7 +410,7 @@ def _round_down(
         grams[1][None, :n, :n],
         bits,
         how,
-        len(x),
+        [len(x)],
     )
     matrix = torch.cat((new[0].T, start[n:]))
     if how.correct:

@@ -13,6 +13,10 @@ _GPTQ_PANEL, _DESCENT_PANEL = 64, 256
 """Columns kept up one by one; the rest of a matrix follows a panel at a time."""
 _WIDE = 1024
 """Columns above which half the sweeps are done: they cost by the square and gain little."""
+_CACHED = 1 << 16
+"""Weights that scales are tried on at a time."""
+_TRIANGLE = 256
+"""Columns of a triangle that is inverted in one piece."""
 _SHRINK = tuple(1.0 - 0.05 * i for i in range(9))
 
 
@@ -51,6 +55,7 @@ def solve(
     bits: Tensor,
     method: Method | None = None,
     block: int = BLOCK,
+    shrink: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Levels and scales that keep ``X W'`` for inputs with ``gram = X'X``.
 
@@ -69,20 +74,26 @@ def solve(
         bits: width of each block, ``[K / block]`` integers.
         method: what of it to do.
         block: weights a scale.
+        shrink: share by which the diagonal is raised before, of all matrices or ``[B]``.
 
     Returns:
         Levels centred on zero, fp32 ``[B, N, K]``, and scales fp32 ``[B, N, K / block]``.
     """
     method = method or Method()
-    g = gram.clone()
-    diagonal = g.diagonal(dim1=-2, dim2=-1)
+    more = torch.as_tensor(shrink, dtype=gram.dtype).reshape(-1, 1)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1) * (1.0 + more)
     # A column that nothing ever reached still has to be rounded well: other text may reach it.
-    diagonal += method.damping * diagonal.mean(-1, keepdim=True) + 1e-12
+    diagonal = diagonal + method.damping * diagonal.mean(-1, keepdim=True) + 1e-12
     top = (2.0 ** (bits.float() - 1)).to(weight)
     scale = _scales(weight, diagonal, top, block, search=method.search)
+    sweeps = method.sweeps_of(weight.shape[-1])
+    if not (method.gptq or sweeps):
+        return _nearest(weight, scale, top, block), scale
+    g = gram.clone()
+    g.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     start = (weight, scale, top, block)
     z = _gptq(*start, g) if method.gptq else _nearest(*start)
-    _descend(weight, g, z, scale, top, block, method.sweeps_of(weight.shape[-1]))
+    _descend(weight, g, z, scale, top, block, sweeps)
     return z, scale
 
 
@@ -104,6 +115,15 @@ def _nearest(weight: Tensor, scale: Tensor, top: Tensor, block: int) -> Tensor:
 
 
 def _scales(weight: Tensor, diagonal: Tensor, top: Tensor, block: int, *, search: bool) -> Tensor:
+    """A few rows at a time: what is tried on them stays in the processor's cache."""
+    rows = max(1, _CACHED // (weight.shape[0] * weight.shape[2]))
+    parts = torch.split(weight, rows, 1)
+    return torch.cat([_scales_of(w, diagonal, top, block, search=search) for w in parts], 1)
+
+
+def _scales_of(
+    weight: Tensor, diagonal: Tensor, top: Tensor, block: int, *, search: bool
+) -> Tensor:
     blocks = weight.unflatten(-1, (-1, block))
     low, high = blocks.amin(-1), blocks.amax(-1)
     best = torch.where(-low > high, low, high) / -top
@@ -124,48 +144,67 @@ def _scales(weight: Tensor, diagonal: Tensor, top: Tensor, block: int, *, search
     return best
 
 
-def _upper_root(gram: Tensor) -> Tensor:
-    """``U`` upper with ``U'U = G^-1``; more damping until it can be factored."""
-    extra = 0.0
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye = torch.eye(gram.shape[-1])
+def _upper_root(gram: Tensor, order: Tensor) -> Tensor:
+    """``U`` upper with ``U'U = G^-1`` for ``G`` in some ``order``; damped until it can be factored.
+
+    With the order turned round, ``L L' = G`` and ``U`` is ``L^-1``, both turned back: one
+    factorization and the inverse of a triangle.
+    """
+    each = torch.arange(len(gram))[:, None, None]
+    turned = order.flip(-1)
+    gram = gram[each, turned[:, :, None], turned[:, None]]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    mean, extra = diagonal.mean(-1, keepdim=True), 0.0
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + extra * mean * eye)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed.any():
-            inverse = torch.cholesky_inverse(factor)
-            root: Tensor
-            root, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed.any():
-                return root
-        extra = max(2 * extra, 1e-4)
+            del gram, diagonal
+            _invert_lower(factor)
+            root: Tensor = factor.flip(-1, -2)
+            return root
+        more = max(2 * extra, 1e-4)
+        diagonal += (more - extra) * mean
+        extra = more
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """The inverse of triangles ``[B, K, K]`` in place of them, half by half."""
+    size = lower.shape[-1]
+    if size <= _TRIANGLE:
+        eye = torch.eye(size, dtype=lower.dtype)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    half = size // 2
+    first, second = lower[..., :half, :half], lower[..., half:, half:]
+    between = lower[..., half:, :half]
+    _invert_lower(first)
+    _invert_lower(second)
+    between.copy_(-(second @ (between @ first)))
 
 
 def _gptq(weight: Tensor, scale: Tensor, top: Tensor, block: int, gram: Tensor) -> Tensor:
-    """Centred levels; columns in order of falling diagonal."""
-    count, rows, k = weight.shape
+    """Centred levels; columns in order of falling diagonal, each of them a row here."""
+    columns = weight.shape[-1]
     order = gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
-    pick = order[:, None].expand(count, rows, k)
-    w = weight.gather(2, pick)
-    s = _divisor(scale).repeat_interleave(block, -1).gather(2, pick)
-    high = top.repeat_interleave(block)[order][:, None]
-    each = torch.arange(count)[:, None, None]
-    u = _upper_root(gram[each, order[:, :, None], order[:, None]])
+    u = _upper_root(gram, order)
+    pick = order[:, :, None].expand(weight.mT.shape)
+    w = weight.mT.gather(1, pick)
+    s = _divisor(scale).mT.gather(1, pick // block)
+    high = top[order // block]
     z = torch.empty_like(w)
-    for start in range(0, k, _GPTQ_PANEL):
-        stop = min(start + _GPTQ_PANEL, k)
-        panel = w[..., start:stop]
+    for start in range(0, columns, _GPTQ_PANEL):
+        stop = min(start + _GPTQ_PANEL, columns)
+        panel = w[:, start:stop]
         errors = torch.empty_like(panel)
-        for j in range(stop - start):
-            at = start + j
-            column, step = panel[..., j], s[..., at]
-            level = (column / step).round_()
-            level = torch.minimum(torch.maximum(level, -high[..., at]), high[..., at] - 1)
-            z[..., at] = level
-            error = (column - level * step) / u[:, at, at, None]
-            errors[..., j] = error
-            panel[..., j + 1 :] -= error[..., None] * u[:, None, at, at + 1 : stop]
-        w[..., stop:] -= errors @ u[:, start:stop, stop:]
-    return torch.empty_like(z).scatter_(2, pick, z)
+        for j, at in enumerate(range(start, stop)):
+            column, step, most = panel[:, j], s[:, at], high[:, at, None]
+            level = torch.div(column, step, out=z[:, at]).round_()
+            torch.minimum(torch.maximum(level, -most), most - 1, out=level)
+            error = errors[:, j]
+            torch.addcmul(column, level, step, value=-1, out=error).div_(u[:, at, at, None])
+            panel[:, j + 1 :].addcmul_(u[:, at, at + 1 : stop, None], error[:, None], value=-1)
+        w[:, stop:].baddbmm_(u[:, start:stop, stop:].mT, errors, alpha=-1)
+    return torch.empty_like(z).scatter_(1, pick, z).mT.contiguous()
 
 
 def _descend(
@@ -193,7 +232,8 @@ def _descend(
                 at = slice(start, start + block)
                 inside = slice(start - first, start - first + block)
                 _descend_block(gram[:, at, panel], local, z[..., at], scale, top, start, inside)
-            rest -= (values_of(z, scale, panel, block) - before) @ gram[:, panel]
+            moved = values_of(z, scale, panel, block) - before
+            rest.baddbmm_(moved, gram[:, panel], alpha=-1)
 
 
 def values_of(z: Tensor, scale: Tensor, columns: slice, block: int) -> Tensor:
@@ -216,22 +256,25 @@ def _descend_block(
     ``gram`` ``[B, block, panel]``: its rows; ``local`` ``[B, N, panel]``: ``(W - W') G`` of the
     panel, in which the block stands at ``inside``.
     """
-    block = level.shape[-1]
-    index = start // block
+    index = start // level.shape[-1]
     own = gram[..., inside]
     diagonal = own.diagonal(dim1=-2, dim2=-1)
     high = float(top[index])
-    part, before = local[..., inside].clone(), level * scale[..., index, None]
+    part, before = local[..., inside], level * scale[..., index, None]
     pull = level @ own
     weightiness = (pull * level).sum(-1)
     move = (level * part).sum(-1) / weightiness.clamp_min(1e-30)
     move = torch.where(weightiness > 0, move, torch.zeros_like(move))
     scale[..., index] += move
-    part -= move[..., None] * pull
     step = _divisor(scale[..., index])
-    for j in range(block):
-        wanted = level[..., j] + part[..., j] / (diagonal[:, j, None] * step)
-        new = wanted.round_().clamp_(-high, high - 1)
-        part -= ((new - level[..., j]) * step)[..., None] * own[:, None, j]
-        level[..., j] = new
-    local -= (level * scale[..., index, None] - before) @ gram
+    # A column is a row here, so that it lies together.
+    rest = torch.addcmul(part, move[..., None], pull, value=-1).mT.contiguous()
+    rows, divisor = level.mT.contiguous(), diagonal[..., None] * step[:, None]
+    for j in range(len(rows[0])):
+        former = rows[:, j]
+        new = torch.addcdiv(former, rest[:, j], divisor[:, j]).round_().clamp_(-high, high - 1)
+        moved = new.sub(former).mul_(step)
+        rest[:, j + 1 :].addcmul_(own[:, j, j + 1 :, None], moved[:, None], value=-1)
+        former.copy_(new)
+    level.copy_(rows.mT)
+    local.baddbmm_(level * scale[..., index, None] - before, gram, alpha=-1)

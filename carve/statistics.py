@@ -12,6 +12,9 @@ from carve.ffn import RoutedFFN
 from carve.sites import FFNSite
 from carve.storable import storable
 
+STRIP = 256
+"""Rows of a Gram matrix that are computed together."""
+
 
 def weights_of_size(stream: Tensor) -> Tensor:
     """``w_t = 1 / (|y_t|^2 + median |y|^2)``, scaled to mean 1.
@@ -21,9 +24,30 @@ def weights_of_size(stream: Tensor) -> Tensor:
 
     Shapes: ``stream`` ``[T, d]`` to ``[T]``.
     """
-    size = stream.square().sum(1)
+    size: Tensor = torch.linalg.vector_norm(stream, dim=1).square()
     w = 1.0 / (size + size.median()).clamp_min(1e-30)
     return w / w.mean()
+
+
+def add_gram(total: Tensor, x: Tensor, scaled: Tensor) -> None:
+    """``total += scaled' x`` where that is symmetric: what is on and above the diagonal.
+
+    In strips, so that little of the lower half is computed; `mirror` fills it when all is added.
+    Shapes: ``x`` and ``scaled`` ``[T, K]``, ``total`` ``[K, K]``.
+    """
+    for i in range(0, len(total), STRIP):
+        strip = slice(i, i + STRIP)
+        total[strip, i:].addmm_(scaled[:, strip].T, x[:, i:])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """``total`` with its lower half set to the upper one, in place."""
+    for i in range(0, len(total), STRIP):
+        strip, below = slice(i, i + STRIP), slice(i + STRIP, None)
+        square = total[strip, strip]
+        square.copy_(square.triu() + square.triu(1).T)
+        total[below, strip] = total[strip, below].T
+    return total
 
 
 def ridge(
@@ -147,12 +171,25 @@ def pulled_ridge(
 
 
 def pulled_towards(start: Tensor, gram: Tensor, right: Tensor, strength: float) -> Tensor:
-    """``W0 + (G + l D)^-1 (R - G W0)``, see `pulled_ridge`; the solve is in fp64."""
-    a = gram.double()
-    pull = a.diagonal() + 0.01 * a.diagonal().mean()
-    a.diagonal().add_(strength * pull + 1e-9 * a.diagonal().mean())
-    change = torch.cholesky_solve((right - gram @ start).double(), torch.linalg.cholesky(a))
-    return start + change.float()
+    """``W0 + (G + l D)^-1 (R - G W0)``, see `pulled_ridge`.
+
+    In fp32, as ``G`` is, for the pull keeps the matrix far from singular; where it cannot be
+    factored all the same, in fp64.
+    """
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    pull = strength * (diagonal + 0.01 * mean) + 1e-9 * mean
+    wanted = torch.addmm(right, gram, start, alpha=-1)
+
+    def pulled(dtype: torch.dtype) -> Tensor:
+        a = gram.to(dtype, copy=True)
+        a.diagonal().add_(pull)
+        return a
+
+    factor, failed = torch.linalg.cholesky_ex(pulled(torch.float32))
+    if failed:
+        factor, wanted = torch.linalg.cholesky(pulled(torch.float64)), wanted.double()
+    return start + torch.cholesky_solve(wanted, factor).float()
 
 
 def refit_down(
@@ -163,7 +200,7 @@ def refit_down(
     strengths: Sequence[float],
     *,
     biases: bool = True,
-    chunk: int = 4096,
+    chunk: int = 1024,
 ) -> Fit:
     """The down-projections and biases that fit ``target`` best, given the hidden activations.
 
@@ -188,9 +225,9 @@ def refit_down(
             phi = down_features(merged.hidden(x[rows]).float(), routed.chosen(x[rows]), routed)
             phi = phi[:, :size]
             scaled = phi * weight[rows, None]
-            g += scaled.T @ phi
-            r += scaled.T @ target[rows]
-        gram.append(g)
+            add_gram(g, phi, scaled)
+            r.addmm_(scaled.T, target[rows])
+        gram.append(mirror(g))
         right.append(r)
     judged = torch.split(parts[-1], chunk)
     fit = pulled_ridge(

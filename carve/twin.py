@@ -97,9 +97,13 @@ def _lesson(
         return torch.cat([b.counted(p).float() for p, b in zip(parts, batches, strict=True)])
 
     y = gather(answers)
-    x, reference = gather([a.x for a in at_other]), gather([a.x for a in at_former])
     if unit.residual is None:
-        return UnitLesson(unit, x, reference, y, torch.ones(len(y)))
-    stream = gather([a.residual for a in at_former])
-    lead = stream - gather([a.residual for a in at_other])
-    return UnitLesson(unit, x, reference, y + lead, weights_of_size(stream + y))
+        weight = torch.ones(len(y))
+    else:
+        # In place: with many tokens these are most of what a conversion holds.
+        stream = gather([a.residual for a in at_former])
+        weight = weights_of_size(stream + y)
+        y += stream.sub_(gather([a.residual for a in at_other]))
+        del stream
+    x, reference = gather([a.x for a in at_other]), gather([a.x for a in at_former])
+    return UnitLesson(unit, x, reference, y, weight)

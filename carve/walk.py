@@ -90,15 +90,17 @@ def _lesson(
             flat.append(batch.counted(part))
         return torch.cat(flat)
 
-    x = gather([a.x for a in at_routed])
     if site.residual is None:
+        x = gather([a.x for a in at_routed])
         with torch.no_grad():
             target = torch.cat([site.dense(part) for part in torch.split(x, 4096)])
         return Lesson(site, x, target, weights_of_size(target))
-    y = gather(outputs)
-    stream = gather([a.residual for a in at_dense])
-    target = y + stream - gather([a.residual for a in at_routed])
-    return Lesson(site, x, target, weights_of_size(stream + y))
+    # In place: with many tokens these are most of what a conversion holds.
+    target = gather(outputs)
+    target += gather([a.residual for a in at_dense])
+    weight = weights_of_size(target)
+    target -= gather([a.residual for a in at_routed])
+    return Lesson(site, gather([a.x for a in at_routed]), target, weight)
 
 
 def walk_blocks(

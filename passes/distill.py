@@ -97,6 +97,7 @@ class Distill(Pass[DistillConfig]):
                 after[site.name] = fit.after
                 program.set_routed(site, fit.routed)
                 site.tuned = True
+                del lesson  # or it stands beside the next one
 
         kept = unless_worse(program, context if self.config.judge else None, rewrite)
         return DistillMetrics(before, trained, after, seen, steps, kept)

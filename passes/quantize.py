@@ -163,6 +163,7 @@ class Quantize(Pass[QuantizeConfig]):
                         unit = self._linear(program, unit, lesson, context, how, metrics, is_head)
                     else:
                         self._ffn(program, unit, lesson, context, how, metrics)
+                    del lesson  # or it stands beside the next one
                     lesson = walk.send(unit)
             except StopIteration:
                 pass

@@ -64,6 +64,7 @@ class Refit(Pass[RefitConfig]):
                 site.tuned = True
                 before[site.name], after[site.name] = fit.before, fit.after
                 strength[site.name] = fit.strength
+                del lesson  # or it stands beside the next one
 
         kept = unless_worse(program, context if self.config.judge else None, rewrite)
         return RefitMetrics(before, after, strength, kept)
