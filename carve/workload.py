@@ -15,16 +15,19 @@ from carve.lineup import LAYER_TOKENS as SEEN
 from carve.lineup import Tokens
 from carve.passbase import Pass
 from carve.program import Program
-from carve.quantize_units import head_groups
+from carve.quantize_units import TOGETHER, head_groups
 from carve.quantizer import Method
 from carve.rates import Work
 from carve.retell import ROWS
 from carve.sites import FFNSite, Linear
 from carve.skip_cost import candidates
+from carve.statistics import STRIP
 
 TRACES = 4
 """Times that emitting runs over the graph as capturing does: `torch.onnx` captures it once more,
 decomposes it, which traces it again, forward and with all its guards, and then translates it."""
+_SINGLE = 0.5
+"""Time of a solve in fp32 over that in fp64."""
 _STRENGTHS = 4
 """Ridge strengths that `carve.statistics.pulled_ridge` is given by its callers."""
 
@@ -89,7 +92,7 @@ class Scene:
 
     def judged(self, tokens: float) -> Work:
         """A forward pass and the comparison with the dense logits."""
-        return self.forward(tokens) + Work(elements=12 * tokens * self.vocabulary)
+        return self.forward(tokens) + Work(elements=28 * tokens * self.vocabulary)
 
     def emulated(self, tokens: float) -> Work:
         """What rounding of weights and activations adds to a forward pass."""
@@ -105,13 +108,18 @@ def _gram(tokens: float, width: float) -> Work:
     return Work(products=tokens * width * width)
 
 
+def _mirrored(tokens: float, width: float) -> Work:
+    """A Gram matrix by `carve.statistics.add_gram`: little more than half of the products."""
+    return Work(products=tokens * width * min(width, (width + STRIP) / 2))
+
+
 def _ridge(width: float, outputs: float, strengths: int) -> Work:
-    """Factorizations and solves of `carve.statistics.pulled_ridge`."""
+    """Factorizations and solves of `carve.statistics.pulled_ridge`, which are in fp32."""
     seen = min(outputs, 256) if outputs > 512 else outputs
     each = width**3 / 3 + 2 * width * width * seen
     last = width**3 / 3 + 2 * width * width * outputs
     check = Work(products=(strengths + 1) * width * width * seen)
-    return Work(solving=strengths * each + last) + check
+    return Work(solving=_SINGLE * (strengths * each + last)) + check
 
 
 def _refit_down(site: FFNSite, split: Split, tokens: float) -> Work:
@@ -119,7 +127,7 @@ def _refit_down(site: FFNSite, split: Split, tokens: float) -> Work:
     width = site.dense.intermediate_size + split.num_experts + 1
     hidden = site.dense.macs - site.dense.down.numel()
     fit = Work(products=tokens * (hidden + width * d), elements=8 * tokens * width)
-    return fit + _gram(tokens, width) + _ridge(width, d, _STRENGTHS)
+    return fit + _mirrored(tokens, width) + _ridge(width, d, _STRENGTHS)
 
 
 def _walk(scene: Scene, tokens: float) -> Work:
@@ -175,6 +183,8 @@ def _route(scene: Scene, p: Pass[Any]) -> Work:
         fits = _gram(t, d) + Work(products=t * d * e, solving=2 * d**3 / 3)
         outputs = s.dense.macs + s.dense.macs  # the dense result, and every expert's
         work += Work(products=t * outputs, elements=12 * t * s.dense.intermediate_size)
+        # Results of every expert are written, squared and summed.
+        work += Work(elements=5 * t * e * d)
         work += fits * tries
     return work
 
@@ -234,15 +244,18 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
         groups = head_groups(n, k) if unit.output is first and method.sweeps else 1
         work += _fitted(t, n, k) + _rounding(n, k, method, max(1, groups))
         if groups > 1:
-            work += _gram(t, k) * groups + Work(elements=6 * t * n)
+            work += _mirrored(t, k) * groups + Work(elements=6 * t * n)
     for s, split in scene.carved:
         d, m, e = s.dense.up.shape[1], s.dense.intermediate_size, split.num_experts
         into = s.dense.macs // s.dense.down.numel() - 1
-        # In-projections are corrected by what the inputs were: two Gram matrices.
-        work += _gram(t, d) * 2 + _corrected(d, into * split.shared_size)
+        # In-projections are corrected by what the inputs were: a Gram matrix and a like product.
+        work += _mirrored(t, d) + Work(products=t * d * d) + _corrected(d, into * split.shared_size)
         work += _rounding(into * split.shared_size, d, method)
-        own = _gram(t * split.top_k / e, d) * 2 + _corrected(d, into * split.expert_size)
-        work += (own + _rounding(into * split.expert_size, d, method)) * e
+        taken = t * split.top_k
+        work += _mirrored(taken, d) + Work(products=taken * d * d)
+        work += _corrected(d, into * split.expert_size) * e
+        goes = math.ceil(e / max(1, TOGETHER // d**2))
+        work += _rounding(into * split.expert_size * e, d, method, e, goes)
         work += _fitted(t, d, m + e + 1) + _rounding(d, m, method)
         hidden = s.dense.macs - s.dense.down.numel()
         work += Work(products=6 * t * hidden, elements=30 * t * (m + d))
@@ -257,23 +270,26 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
 
 def _fitted(tokens: float, rows: float, width: float) -> Work:
     """Moments of a matrix's inputs and targets, and its closed form."""
-    moments = _gram(tokens, width) + Work(products=tokens * rows * width)
+    moments = _mirrored(tokens, width) + Work(products=tokens * rows * width)
     return moments + Work(elements=10 * tokens * width) + _ridge(width, rows, _STRENGTHS)
 
 
 def _corrected(width: float, rows: float) -> Work:
     """One solve of `carve.statistics.pulled_towards`, and the products around it."""
     solving = width**3 / 3 + 2 * width * width * rows
-    return Work(solving=solving, products=3 * width * width * rows)
+    return Work(solving=_SINGLE * solving, products=3 * width * width * rows)
 
 
-def _rounding(rows: float, width: float, method: Method, groups: int = 1) -> Work:
-    """`carve.quantize_units.round_matrices`, for ``groups`` of the rows apart."""
+def _rounding(
+    rows: float, width: float, method: Method, groups: int = 1, goes: int | None = None
+) -> Work:
+    """`carve.quantize_units.round_matrices`, for ``groups`` of the rows apart in so many goes."""
     sweeps = method.sweeps_of(int(width))
     visits = (1 if method.gptq else 0) + sweeps
     # Errors by the Gram matrix, of both ways to round, and what panels do to one another.
     products = (2 + sweeps) * rows * width * width + width**3 * groups
-    rounding = Work(columns=width * visits * groups, rounding=rows * width * visits)
+    columns = width * visits * (groups if goes is None else goes)
+    rounding = Work(columns=columns, rounding=rows * width * visits)
     return rounding + Work(products=products, elements=40 * rows * width, steps=300 * groups)
 
 
