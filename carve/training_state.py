@@ -90,6 +90,8 @@ def _check_fits(
             p = trained[index] if 0 <= index < len(trained) else torch.empty(0)
             if {k: v.shape for k, v in of.items()} != _moment_shapes(optimizer, p):
                 raise ValueError(f"the moments of parameter {index} do not fit")
+            if "step" in of and not 0 <= float(of["step"]) <= state.step:
+                raise ValueError(f"parameter {index} has other steps behind it")
     moved = [v for moments in state.moments for of in moments.values() for v in of.values()]
     if not all(bool(torch.isfinite(v).all()) for v in [*state.model.values(), *moved]):
         raise ValueError("it holds NaN or infinity")

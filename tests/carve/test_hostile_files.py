@@ -311,7 +311,11 @@ def test_artifact_that_points_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["moment", "weight", "nan", "index", "optimizers", "losses", "step", "something else"]
+    "how",
+    [
+        *("moment", "weight", "nan", "index", "optimizers", "losses", "step", "steps behind"),
+        *("more steps behind", "something else"),
+    ],
 )
 def test_states_are_taken_whole_or_not_at_all(how: str) -> None:
     model, optimizer = fuzz_carve.trainee()
@@ -340,6 +344,9 @@ def test_states_are_taken_whole_or_not_at_all(how: str) -> None:
         state.losses.append(float("inf"))
     elif how == "step":
         partial.value = replace(state, step=-1)
+    elif "behind" in how:
+        # Adam divides by 1 - b^t.
+        state.moments[0][0]["step"] = torch.tensor(2.0 if how.startswith("more") else -1.0)
     else:
         partial.value = ["something", "else"]
     fresh, optimizer = fuzz_carve.trainee()
