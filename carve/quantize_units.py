@@ -19,6 +19,7 @@ from carve.statistics import (
     down_features,
     down_matrix,
     mirror,
+    moments,
     pulled_ridge,
     pulled_towards,
     with_down_matrix,
@@ -78,13 +79,7 @@ def _gram(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 
 def _moments(x: Tensor, y: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """``X'wX`` and ``X'wY`` over the tokens ``index``."""
-    gram, cross = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
-    for rows in torch.split(index, _CHUNK):
-        part = x[rows]
-        scaled = part * weight[rows, None]
-        add_gram(gram, part, scaled)
-        cross.addmm_(scaled.T, y[rows])
-    return mirror(gram), cross
+    return moments(x.__getitem__, y, weight, torch.split(index, _CHUNK), x.shape[1])
 
 
 def _size(view: Callable[[Tensor], Tensor], y: Tensor, weight: Tensor, index: Tensor) -> float:
@@ -135,13 +130,13 @@ def round_linear(
     if unit.bias is not None:
         target = target - unit.bias.float()
     parts = folds(len(x))
-    moments = [_moments(x, target, lesson.weight, i) for i in parts]
+    by_fold = [_moments(x, target, lesson.weight, i) for i in parts]
     start = unit.weight.float().T
     if how.correct:
         held = parts[1]
         fit = pulled_ridge(
-            [m[0] for m in moments],
-            [m[1] for m in moments],
+            [m[0] for m in by_fold],
+            [m[1] for m in by_fold],
             start,
             _STRENGTHS,
             lambda view: _size(view, target, lesson.weight, held),
@@ -150,7 +145,7 @@ def round_linear(
     wanted, widths = start.T.contiguous(), _widths(bits, start.shape[0], how)
     new, scale = torch.empty_like(wanted), wanted.new_empty(len(wanted), len(widths))
     for rows, importance in _row_groups(lesson, how, is_head):
-        gram, held = moments[0][0] + moments[1][0], moments[1][0]
+        gram, held = by_fold[0][0] + by_fold[1][0], by_fold[1][0]
         if importance is not None:
             gram, held = (_gram(x, importance, i) for i in parts)
             gram = gram + held
@@ -323,13 +318,13 @@ def _round_in(
             _at_most(i[chosen[i, e]], how.balance * float(chosen[i].sum()) / r.num_experts)
             for i in parts
         ]
-        moments = [_moments(x, former, weight, i) for i in rows]
-        own, own_cross = (moments[0][j] + moments[1][j] for j in (0, 1))
+        by_fold = [_moments(x, former, weight, i) for i in rows]
+        own, own_cross = (by_fold[0][j] + by_fold[1][j] for j in (0, 1))
         count = float(weight[chosen[:, e]].sum())
         mean = own.diagonal().sum() / max(count, 1.0)
         share = pseudo / total * (mean / (gram.diagonal().sum() / total) if count else 1.0)
         own, own_cross = own + share * gram, own_cross + share * cross
-        own_held = moments[1][0] + share * every[1][0]
+        own_held = by_fold[1][0] + share * every[1][0]
         return corrected(w, own, own_cross), own, own_held, count + pseudo
 
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -379,13 +374,9 @@ def _round_down(
         return down_features(h, chosen[rows], r)
 
     for index in parts:
-        gram, right = x.new_zeros(len(start), len(start)), x.new_zeros(start.shape)
-        for rows in torch.split(index, _WIDE_CHUNK):
-            phi = features(rows)
-            scaled = phi * weight[rows, None]
-            add_gram(gram, phi, scaled)
-            right.addmm_(scaled.T, target[rows])
-        grams.append(mirror(gram))
+        chunks = torch.split(index, _WIDE_CHUNK)
+        gram, right = moments(features, target, weight, chunks, len(start))
+        grams.append(gram)
         rights.append(right)
     if how.correct:
         held = parts[1]

@@ -50,6 +50,27 @@ def mirror(total: Tensor) -> Tensor:
     return total
 
 
+def moments(
+    features: Callable[[Tensor], Tensor],
+    y: Tensor,
+    weight: Tensor,
+    chunks: Sequence[Tensor],
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """``X'wX`` ``[K, K]`` and ``X'wY`` ``[K, N]`` over the tokens of ``chunks``.
+
+    ``features`` gives ``X`` of some tokens, ``K`` = ``width`` columns; ``y`` is ``[T, N]``,
+    ``weight`` ``[T]``.
+    """
+    gram, cross = y.new_zeros(width, width), y.new_zeros(width, y.shape[1])
+    for rows in chunks:
+        x = features(rows)
+        scaled = x * weight[rows, None]
+        add_gram(gram, x, scaled)
+        cross.addmm_(scaled.T, y[rows])
+    return mirror(gram), cross
+
+
 def ridge(
     x: Tensor, y: Tensor, strength: float, *, intercept: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -218,16 +239,14 @@ def refit_down(
     size = len(start) if biases else routed.intermediate_size
     start = start[:size]
     gram, right = [], []
+
+    def features(rows: Tensor) -> Tensor:
+        h = merged.hidden(x[rows]).float()
+        return down_features(h, routed.chosen(x[rows]), routed)[:, :size]
+
     for index in (torch.cat(parts[:-1]), parts[-1]):
-        g = x.new_zeros((len(start),) * 2)
-        r = x.new_zeros(start.shape)
-        for rows in torch.split(index, chunk):
-            phi = down_features(merged.hidden(x[rows]).float(), routed.chosen(x[rows]), routed)
-            phi = phi[:, :size]
-            scaled = phi * weight[rows, None]
-            add_gram(g, phi, scaled)
-            r.addmm_(scaled.T, target[rows])
-        gram.append(mirror(g))
+        g, r = moments(features, target, weight, torch.split(index, chunk), size)
+        gram.append(g)
         right.append(r)
     judged = torch.split(parts[-1], chunk)
     fit = pulled_ridge(
