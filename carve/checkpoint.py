@@ -263,7 +263,8 @@ def _weight_files(root: Path) -> tuple[Path, ...]:
         for name in names:
             if not re.fullmatch(r"[\w.+ -]+", name):
                 raise UserError("bad-file", f"{index.name} points outside the folder: {name!r}")
-            if not (root / name).is_file():
+            # No file system has longer names, and asking for one is an error of its own.
+            if len(name.encode()) > 255 or not (root / name).is_file():
                 raise UserError("not-found", f"{root / name} is missing")
         return tuple(root / n for n in names)
     pickles = [p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]

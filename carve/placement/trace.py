@@ -88,8 +88,10 @@ class Trace:
             raise
         except Exception as e:  # what zipfile, zlib and numpy raise has no common base
             raise UserError("trace", f"{path} is no trace: {str(e)[:200]}") from e
+        # A member whose header says no array comes as its bytes.
         fits = len(experts) == len(layers) > 0 and all(
-            p.dtype == np.uint8
+            isinstance(p, np.ndarray)
+            and p.dtype == np.uint8
             and p.ndim == 2
             and e >= 1
             and p.shape == (len(packed[0]), -(-e // 8))

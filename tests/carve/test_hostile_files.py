@@ -80,7 +80,7 @@ def test_links_of_the_hugging_face_cache(damaged: Path) -> None:
     refused(lambda: Checkpoint.open(snapshot), "bad-file", "outside the folder")
 
 
-@pytest.mark.parametrize("name", ["a\0b", "../x", ".", "", "a/b", "\udcff", "a\\b"])
+@pytest.mark.parametrize("name", ["a\0b", "../x", ".", "", "a/b", "\udcff", "a\\b", "x" * 256])
 def test_names_of_shards(damaged: Path, name: str) -> None:
     (damaged / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": name}}
@@ -251,9 +251,21 @@ def _npy(array: Any, shape: str | None = None) -> bytes:
         {"layers": _npy(np.zeros(0, "<U1")), "experts": _npy(np.zeros(0, int))},
         {"layers": _npy(["a"], "(1 << 60,)"), "experts": _npy([8])},
         {"layers": b"\x93NUMPY\x01\x00\x04\x00((((", "experts": b""},
+        {"layers": _npy(["a"]), "experts": _npy([8]), "chosen0": b"no array"},
         {"layers": _npy(np.zeros(1 << 25))},
     ],
-    ids=["pickle", "scalar", "scalar 2", "negative", "narrow", "none", "shape", "header", "bomb"],
+    ids=[
+        "pickle",
+        "scalar",
+        "scalar 2",
+        "negative",
+        "narrow",
+        "none",
+        "shape",
+        "header",
+        "bytes",
+        "bomb",
+    ],
 )
 def test_traces(tmp_path: Path, arrays: dict[str, bytes]) -> None:
     path = _npz(tmp_path / "t.npz", **arrays)
