@@ -5,7 +5,7 @@ Usage::
     python tools/hf_check.py MODEL --target hf --positions 4096 -- --budget 0.6 --effort none
 
 Converts MODEL with the options after ``--`` and, where the conversion compares its checkpoint with
-the program on a short text, compares again on this much: unmodified transformers in fp32, whole
+the program on a short text, compares on this much instead: unmodified transformers in fp32, whole
 rows of the bundled evaluation text, each choice of experts and every logit.
 """
 
@@ -15,16 +15,13 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 import carve.hf_parity
 from carve import cli
 from carve.calibration import decoder_batches, load_tokenizer, read_text, token_rows
-from carve.ffn import RoutedFFN
+from carve.hf_parity import CheckpointMetrics
 from carve.program import Program
 
 
@@ -35,19 +32,16 @@ def main() -> int:
     p.add_argument("--target", default="hf", choices=["hf", "hf-granite"])
     p.add_argument("--positions", type=int, default=4096)
     p.add_argument("--length", type=int, default=128, help="tokens a row")
-    p.add_argument("options", nargs="*", help="of carve convert")
-    args = p.parse_args()
+    argv = sys.argv[1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = p.parse_args(argv[:cut])
     text = read_text(None, "evaluation.txt")
     ids = token_rows(load_tokenizer(args.model), text, args.length, args.positions)
     short = carve.hf_parity.check_checkpoint
 
     def check(
-        program: Program,
-        folder: Path,
-        target: str,
-        routed: Mapping[str, RoutedFFN],
-        prompts: Sequence[tuple[Tensor, ...]],
-    ) -> carve.hf_parity.CheckpointMetrics:
+        program: Program, folder: Path, target: str, routed: Any, prompts: object
+    ) -> CheckpointMetrics:
         long = [b.inputs for b in decoder_batches(program, ids, 8)]
         found = short(program, folder, target, routed, long)
         print(f"| {target}, transformers beside the program | |\n|---|---|", file=sys.stderr)
@@ -59,7 +53,7 @@ def main() -> int:
     carve.hf_parity.check_checkpoint = checker
     with tempfile.TemporaryDirectory() as work:
         out = str(Path(work) / "out")
-        options = ["--target", args.target, *args.options, "-o", out]
+        options = ["--target", args.target, *argv[cut + 1 :], "-o", out]
         return cli.main(["convert", str(args.model), *options])
 
 
