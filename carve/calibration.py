@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DATA = Path(__file__).parent / "data"
+_ROWS = 8
+"""Rows of a batch of text."""
+_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,20 @@ def interleaved(count: int, size: int) -> list[list[int]]:
     return [list(range(i, count, groups)) for i in range(groups)]
 
 
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in even groups of at most ``size`` of like length, so that little is padded.
+
+    Groups of short and of long ones take turns, evenly spread (multiples of the golden ratio), so
+    that the first few are like all of them.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    count = -(-len(order) // size)
+    ends = [i * len(order) // count for i in range(count + 1)]
+    groups = [order[a:b] for a, b in pairwise(ends)]
+    place = sorted(range(count), key=lambda i: (0.5 + i * _GOLDEN) % 1.0)
+    return [groups[i] for i in place]
+
+
 def decoder_batches(program: Program, rows: Tensor, size: int) -> list[Batch]:
     """Batches of a decoder's inputs with an empty cache."""
     batches = []
@@ -134,7 +152,7 @@ def sentence_batches(
     """Batches of an encoder's inputs, padded to the longest sentence of the batch."""
     encoded = [e.ids[:length] for e in tokenizer.encode_batch(list(sentences))]
     batches = []
-    for index in interleaved(len(encoded), size):
+    for index in by_length(list(map(len, encoded)), size):
         part = [encoded[i] for i in index]
         longest = max(map(len, part))
         ids = torch.tensor([p + [0] * (longest - len(p)) for p in part])
@@ -161,7 +179,7 @@ def text_batches(
         UserError: the text is shorter than one row, or the program takes no text.
     """
     if program.kind == "decoder":
-        return decoder_batches(program, token_rows(tokenizer, text, length, tokens), 8)
+        return decoder_batches(program, token_rows(tokenizer, text, length, tokens), _ROWS)
     if program.inputs[:1] != ["input_ids"]:
         raise UserError(
             "text", "this program takes no text", "give calibration batches from Python"
@@ -173,7 +191,7 @@ def text_batches(
             "the text holds fewer than 8 paragraphs of 40 characters",
             "give a longer text",
         )
-    return sentence_batches(tokenizer, sentences, length, 32)
+    return sentence_batches(tokenizer, sentences, length, _ROWS)
 
 
 def limit_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:

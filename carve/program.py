@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from carve_runtime.heap import Trimmer
 from torch import Tensor, fx
 
 from carve.codec import settled
@@ -26,6 +27,7 @@ from carve.storable import storable
 
 EMBEDDING = torch.ops.aten.embedding.default
 Kind = Literal["decoder", "encoder", "module"]
+_trim = Trimmer()
 
 
 @storable
@@ -160,7 +162,9 @@ class Program:
             The results in the order of ``outputs``.
         """
         with torch.no_grad():
-            return self.differentiable(*inputs, observe=observe, replace=replace, gates=gates)
+            found = self.differentiable(*inputs, observe=observe, replace=replace, gates=gates)
+        _trim()
+        return found
 
     def differentiable(
         self,

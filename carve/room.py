@@ -8,7 +8,7 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+from carve_runtime.heap import resident_bytes
 
 from carve import artifact as art
 from carve.budget import plan_widths
@@ -49,7 +49,8 @@ def scene_of(
     told = missing(program, batches, asked.calibration)
     judge = judged_on(batches, asked.judge) if told else min(seen, asked.judge)
     tokens = Tokens(seen + told, final, min(final, asked.after_pass), judge, told)
-    rows, length = _shape(batches[0].inputs[0])
+    rows = len(batches[0].inputs[0])
+    length = round(seen / sum(len(b.inputs[0]) for b in batches))
     copied = 0.0 if folder is None else _tokenizer_size(folder)
     copied *= 1 + sum(t in FOREIGN for t in config.targets)
     return Scene(program, widths, tokens, length, rows, tuple(skips), copied)
@@ -60,23 +61,16 @@ def _tokenizer_size(folder: Path) -> float:
     return float(sum(f.stat().st_size for f in files if f.is_file()))
 
 
-def _shape(inputs: Tensor) -> tuple[int, int]:
-    """Rows of a batch, and positions of a row; vectors have one."""
-    return inputs.shape[0], inputs.shape[1] if inputs.ndim > 1 else 1
-
-
 def _positions(batches: Sequence[Batch]) -> int:
     """All positions of some batches, padding as well, for it is computed like text."""
-    return sum(math.prod(_shape(b.inputs[0])) for b in batches)
+    inputs = [b.inputs[0] for b in batches]
+    return sum(math.prod(t.shape[: min(2, t.ndim)]) for t in inputs)
 
 
 def resident() -> float:
     """Bytes of memory that this process has."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return peak_rss_mb() * 2**20
-    return float(pages * resource.getpagesize())
+    found = resident_bytes()
+    return peak_rss_mb() * 2**20 if found is None else float(found)
 
 
 def memory_free() -> float:

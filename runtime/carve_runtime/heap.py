@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
+from pathlib import Path
 from typing import Any
 
 _M_MMAP_THRESHOLD = -3
 _OWN_PAGES = 64 * 1024
+_GROWN = 1 << 28
+"""Bytes that a process may grow by before a `Trimmer` does anything."""
 
 
 class _Info(ctypes.Structure):
@@ -65,3 +69,38 @@ def trim_heap() -> None:
     malloc_trim = _function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def resident_bytes() -> int | None:
+    """Bytes of memory that this process has, None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * resource.getpagesize()
+
+
+class Trimmer:
+    """Trims the heap of a process that has grown since it was last trimmed.
+
+    Tensors of ever other sizes leave holes behind, and the heap grows although as much is freed as
+    is made: experts' shares of a batch, say. Trimming each time would cost a page fault for every
+    page of what is made next.
+    """
+
+    def __init__(self, grown: int = _GROWN) -> None:
+        self._grown = grown
+        self._least: int | None = None
+
+    def __call__(self) -> bool:
+        """Trim if there is reason to; whether there was."""
+        now = resident_bytes()
+        if now is None:
+            return False
+        if self._least is None or now < self._least:
+            self._least = now
+        if now - self._least < self._grown:
+            return False
+        trim_heap()
+        self._least = resident_bytes()
+        return True

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models as tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from carve.budget import Request, Split
 from carve.calibration import (
     DATA,
     SiteInputs,
+    by_length,
     decoder_batches,
     hold_back,
     load_tokenizer,
@@ -96,6 +100,26 @@ def test_judged_text_is_held_back(routed: Routed) -> None:
     assert all(len({len(t) for t in b.inputs}) == 1 for b in rest)
     rest, judged = hold_back(batches, 100)  # too little would be left
     assert len(rest) == len(batches)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 512), min_size=9, max_size=400), st.integers(1, 32))
+def test_sentences_of_like_length_share_a_batch(lengths: list[int], size: int) -> None:
+    groups = by_length(lengths, size)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    sizes = {len(g) for g in groups}
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
+    spans = sorted((min(lengths[i] for i in g), max(lengths[i] for i in g)) for g in groups)
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
+
+
+def test_the_first_batches_are_like_all_of_them() -> None:
+    groups = by_length(list(range(4000)), 8)
+    means = torch.tensor([float(sum(g)) / len(g) for g in groups])
+    for count in (4, 10, 50):
+        assert abs(float(means[:count].mean()) - 2000) < 600 / count**0.5
+        assert float(means[:count].std()) > 900
 
 
 # Dynamic k
