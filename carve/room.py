@@ -63,8 +63,7 @@ def _tokenizer_size(folder: Path) -> float:
 
 def _positions(batches: Sequence[Batch]) -> int:
     """All positions of some batches, padding as well, for it is computed like text."""
-    inputs = [b.inputs[0] for b in batches]
-    return sum(math.prod(t.shape[: min(2, t.ndim)]) for t in inputs)
+    return sum(math.prod(b.inputs[0].shape[:2]) for b in batches)
 
 
 def resident() -> float:

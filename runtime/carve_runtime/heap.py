@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ def resident_bytes() -> int | None:
     """Bytes of memory that this process has, None where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError, IndexError):
         return None
-    return pages * resource.getpagesize()
 
 
 class Trimmer:
