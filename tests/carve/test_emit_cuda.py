@@ -87,6 +87,9 @@ def test_what_cuda_needs_of_the_graph(captured: Get, tmp_path: Path) -> None:
         # The default is a layout of CUDA's own; int8 activations are the CPU's.
         assert told["weights_prepacked"] == 0
         assert told["accuracy_level"] == 0
+        # CUDA's kernel reads no `router_weights`, it has its own of the chosen experts' scores.
+        assert told["normalize_routing_weights"] == 1
+        assert not any(node.input[14:])
 
 
 def test_angles_stay_wide(captured: Get, tmp_path: Path) -> None:
