@@ -222,7 +222,7 @@ def chosen_ffn(
         y = (
             torch.zeros_like(flat)
             if output_bias is None
-            else output_bias.to(flat.dtype).expand_as(flat)
+            else output_bias.to(flat.dtype).repeat(len(flat), 1)
         )
     for e in range(expert_up.shape[0]):
         rows = chosen[:, e].nonzero().squeeze(1)
@@ -237,7 +237,8 @@ def chosen_ffn(
             activation,
         )
         out = linear(h, expert_down[e], None if expert_bias is None else expert_bias[e])
-        y = y.index_add(0, rows, out if weights is None else out * weights[rows, e, None])
+        # In place: another copy of all rows for every expert takes as long as its products.
+        y.index_add_(0, rows, out if weights is None else out * weights[rows, e, None])
     return y
 
 

@@ -28,6 +28,8 @@ TRACES = 4
 decomposes it, which traces it again, forward and with all its guards, and then translates it."""
 _SINGLE = 0.5
 """Time of a solve in fp32 over that in fp64."""
+_CALLS = 12
+"""Operators that gather an expert's tokens, run it and add its results, its products apart."""
 _STRENGTHS = 4
 """Ridge strengths that `carve.statistics.pulled_ridge` is given by its callers."""
 
@@ -72,10 +74,13 @@ class Scene:
         inside = {t.data_ptr() for s, _ in self.carved for t in s.dense.tensors().values()}
         return [n for n in self.program.linears if n.weight.data_ptr() not in inside]
 
+    def runs(self, tokens: float) -> int:
+        """Batches of so many tokens."""
+        return math.ceil(tokens / (self.rows * self.length))
+
     def body(self, tokens: float) -> Work:
         """A forward pass without the head; what stands for FFNs takes what the dense ones do."""
-        runs = math.ceil(tokens / (self.rows * self.length))
-        return Work(positions=tokens, runs=runs) + self.head(tokens) * -1.0
+        return Work(positions=tokens, runs=self.runs(tokens)) + self.head(tokens) * -1.0
 
     def head(self, tokens: float) -> Work:
         """The head's product."""
@@ -94,14 +99,28 @@ class Scene:
         """A forward pass and the comparison with the dense logits."""
         return self.forward(tokens) + Work(elements=28 * tokens * self.vocabulary)
 
+    def routed(self, tokens: float) -> Work:
+        """What experts add to a forward pass: each is called for itself, on tokens of its own."""
+        calls = elements = 0.0
+        for s, split in self.carved:
+            calls += _CALLS * split.num_experts
+            elements += 2 * tokens * split.top_k * s.dense.up.shape[1]
+        return Work(elements=elements, steps=calls * self.runs(tokens))
+
     def emulated(self, tokens: float) -> Work:
-        """What rounding of weights and activations adds to a forward pass."""
-        sizes = [n.weight.shape for n in self.others]
-        for s, _ in self.carved:
-            sizes += [t.shape for t in s.dense.tensors().values() if t.ndim == 2]
-        runs = math.ceil(tokens / (self.rows * self.length))
-        each = 8 * tokens * sum(k for _, k in sizes) + 4 * runs * sum(n * k for n, k in sizes)
-        return Work(elements=each, steps=20 * runs * len(sizes))
+        """What rounding of weights and activations adds to a forward pass, see `routed`."""
+        inputs = sum(n.weight.shape[1] for n in self.others)
+        weights = sum(n.weight.numel() for n in self.others)
+        products = len(self.others)
+        for s, split in self.carved:
+            into = s.dense.macs // s.dense.down.numel() - 1
+            wide = into * s.dense.up.shape[1]
+            inputs += wide + split.shared_size + split.top_k * (wide + split.expert_size)
+            weights += s.dense.macs
+            products += (into + 1) * (1 + split.num_experts)
+        runs = self.runs(tokens)
+        each = 8 * tokens * inputs + 4 * runs * weights
+        return Work(elements=each, steps=20 * runs * products)
 
 
 def _gram(tokens: float, width: float) -> Work:
@@ -131,9 +150,10 @@ def _refit_down(site: FFNSite, split: Split, tokens: float) -> Work:
 
 
 def _walk(scene: Scene, tokens: float) -> Work:
-    """Two copies of the text, side by side."""
+    """Two copies of the text, side by side, one of them through experts."""
     width = scene.program.sites[0].dense.down.shape[0]
-    return scene.body(tokens) * 2 + Work(elements=8 * tokens * len(scene.program.sites) * width)
+    both = scene.body(tokens) * 2 + scene.routed(tokens)
+    return both + Work(elements=8 * tokens * len(scene.program.sites) * width)
 
 
 def _profile(scene: Scene, p: Pass[Any]) -> Work:
@@ -190,7 +210,8 @@ def _route(scene: Scene, p: Pass[Any]) -> Work:
 
 
 def _refit(scene: Scene, p: Pass[Any]) -> Work:
-    work = _walk(scene, scene.layerwise) + scene.judged(scene.tokens.judge) * 2
+    judge = scene.tokens.judge
+    work = _walk(scene, scene.layerwise) + (scene.judged(judge) + scene.routed(judge)) * 2
     for s, split in scene.carved:
         work += _refit_down(s, split, scene.layerwise)
     return work
@@ -236,7 +257,7 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
     if p.config.method == "carve":
         method = replace(method, sweeps=p.config.sweeps)
     t = min(scene.layerwise, p.config.tokens)
-    work = scene.body(t) * 2 + scene.emulated(t)
+    work = (scene.body(t) + scene.routed(t)) * 2 + scene.emulated(t)
     logits = scene.program.module.graph.output_node().args[0]
     first = logits[0] if isinstance(logits, (tuple, list)) else logits
     for unit in scene.others:
@@ -352,13 +373,18 @@ def around(scene: Scene, passes: Sequence[str]) -> dict[str, Work]:
     layers = min(LAYER_TOKENS, t.after_pass) * (len(scene.program.sites) + 1)
     use = min(t.final, 4 * scene.rows * scene.length)
     rounded = len(passes) - passes.index("quantize") if "quantize" in passes else 0
+    carved = len(passes) - passes.index("carve") if "carve" in passes else 0
     last = scene.judged(t.final) + scene.body(use) + scene.judged(layers)
+    after, whole = t.after_pass + streams, t.final + use + layers
     return {
         "calibration": scene.forward(scene.layerwise) + scene.told(scene.tokens.told),
         "dense model": scene.judged(t.final) + scene.judged(t.judge),
         "after each pass": (scene.judged(t.after_pass) + scene.body(streams)) * len(passes)
-        + scene.emulated(t.after_pass + streams) * rounded,
-        "held-out text": last + scene.emulated(t.final + use + layers) * bool(rounded),
+        + scene.routed(after) * carved
+        + scene.emulated(after) * rounded,
+        "held-out text": last
+        + scene.routed(whole) * bool(carved)
+        + scene.emulated(whole) * bool(rounded),
     }
 
 

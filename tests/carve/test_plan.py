@@ -18,10 +18,14 @@ from typing import Any
 
 import pytest
 import tiny_models as tiny
+import torch
 from command_line import QUICK, Captured, call, change_config, convert, folder_size, result
+from torch import Tensor
 
 from carve import room
+from carve.budget import Split
 from carve.config import ConvertConfig
+from carve.dialect import linear_rule
 from carve.errors import UserError
 from carve.estimate import Room, room_of, seconds_of
 from carve.lineup import passes_of
@@ -31,7 +35,7 @@ from carve.report.plan import plan_text
 from carve.room import resident, scene_of
 from carve.state import size_of
 from carve.state_folder import state_path
-from carve.workload import COUNTED
+from carve.workload import COUNTED, Scene
 
 RATES = Rates(3e-11, 1e-10, 2e-9, 3e-6, 1e-2, 1e-5, 1e-10, 1e-9, 1e-4, 1e-7, 5.0)
 """A machine that is always the same."""
@@ -200,6 +204,31 @@ def test_every_kind_of_work_costs(prepared: Prepared) -> None:
     works = [COUNTED[p.name](scene, p) for p in lineup]
     assert all(min(getattr(w, k) for k in kinds if k != "products") >= 0 for w in works)
     assert all(RATES.seconds(w) > 0 for w in works)
+
+
+def test_every_expert_is_called_for_itself(prepared: Prepared) -> None:
+    """The products of a run are as many as are counted, where every expert has tokens."""
+    program = tiny.route(prepared.program.copy())
+    splits, products = {}, []
+    for site in program.carved:
+        r = site.routed
+        assert r is not None
+        program.set_routed(site, replace(r, router=0 * r.router, top_k=r.num_experts))
+        splits[site.name] = Split(r.shared_size, r.expert_size, r.num_experts, r.num_experts)
+
+    def rule(x: Tensor, weight: Tensor) -> Tensor:
+        products.append(x.numel())
+        return torch.nn.functional.linear(x, weight.float())
+
+    batch = prepared.batches[0]
+    rows, length = batch.inputs[0].shape
+    with linear_rule(rule):
+        program.run(*batch.inputs)
+    scene = Scene(prepared.program, splits, prepared.asked, length, rows)
+    assert scene.emulated(rows * length).steps == 20 * len(products)
+    weights = sum(w.weight.numel() for w in program.linears)
+    assert scene.emulated(rows * length).elements >= 8 * sum(products) + 4 * weights
+    assert scene.routed(2 * rows * length).steps == 2 * scene.routed(rows * length).steps > 0
 
 
 def test_measured_rates(prepared: Prepared) -> None:
