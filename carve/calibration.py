@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,6 +39,11 @@ class Batch:
             return int(self.mask.sum())
         rows = self.inputs[0]
         return rows.shape[0] * (rows.shape[1] if rows.ndim == 2 else 1)
+
+    @property
+    def positions(self) -> int:
+        """How many positions are computed: padding is, like text."""
+        return math.prod(self.inputs[0].shape[:2])
 
     def rows(self, start: int, stop: int | None = None) -> Batch:
         """Some of its rows."""

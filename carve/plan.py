@@ -117,7 +117,7 @@ def foresee(
     scene = scene_of(program, config, given.asked, given.batches, given.held, path)
     room = room_of(scene, config, passes, resident())
     names = [p.name for p in passes]
-    rates = Rates.measure(scene, given.batches[0], names, given.tracing, clock)
+    rates = Rates.measure(scene, given.batches, names, given.tracing, clock)
     seconds = {"load": loading, **seconds_of(scene, config, passes, rates)}
     what = {p.name: of_pass(p.name)[0] for p in passes}
     reasons = lacking(room, output)

@@ -87,13 +87,15 @@ class Rates:
     def measure(
         cls,
         scene: Scene,
-        batch: Batch,
+        batches: Sequence[Batch],
         passes: Sequence[str],
         tracing: float,
         clock: Clock = time.perf_counter,
     ) -> Rates:
         """Time each kind that ``passes`` need, in sizes as the program has them.
 
+        The program is run on that of ``batches`` which is nearest to the mean in size: an encoder's
+        differ, and a small one does not say how long a position takes in a large one.
         ``tracing``: seconds that capturing the program took, which is not done again.
         The fastest of several goes counts: what else the machine does may be over in a minute.
         """
@@ -102,6 +104,8 @@ class Rates:
             torch.manual_seed(0)
             with torch.no_grad():
                 plain = _plain(scene, timer)
+                usual = scene.rows * scene.length
+                batch = min(batches, key=lambda b: abs(b.positions - usual))
                 forward = _forward(scene, batch, timer)
                 rounding = _rounding(scene, timer) if "quantize" in passes else (0.0, 0.0)
             trains = {"distill", "finetune"} & {*passes} and scene.carved

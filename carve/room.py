@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ def scene_of(
     """
     request, skips = request_of(program, config)
     widths = {} if config.is_dense else plan_widths(program, request, skips)
-    seen, final = _positions(batches), _positions(held)
+    seen, final = (sum(b.positions for b in text) for text in (batches, held))
     told = missing(program, batches, asked.calibration)
     judge = judged_on(batches, asked.judge) if told else min(seen, asked.judge)
     tokens = Tokens(seen + told, final, min(final, asked.after_pass), judge, told)
@@ -59,11 +58,6 @@ def scene_of(
 def _tokenizer_size(folder: Path) -> float:
     files = [folder / n for n in TOKENIZER_FILES]
     return float(sum(f.stat().st_size for f in files if f.is_file()))
-
-
-def _positions(batches: Sequence[Batch]) -> int:
-    """All positions of some batches, padding as well, for it is computed like text."""
-    return sum(math.prod(b.inputs[0].shape[:2]) for b in batches)
 
 
 def resident() -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from carve import room
 from carve.budget import Split
+from carve.calibration import Batch
 from carve.config import ConvertConfig
 from carve.dialect import linear_rule
 from carve.errors import UserError
@@ -238,16 +239,29 @@ def test_measured_rates(prepared: Prepared) -> None:
     scene = scene_of(prepared.program, config, prepared.asked, prepared.batches, prepared.held)
     before = [p.clone() for p in prepared.program.module.parameters()]
     rates = Rates.measure(
-        scene, prepared.batches[0], ["distill", "quantize"], 5.0, lambda: float(next(now))
+        scene, prepared.batches, ["distill", "quantize"], 5.0, lambda: float(next(now))
     )
     assert rates.traces == 5.0
     assert all(getattr(rates, f.name) >= 0 for f in fields(Rates))
     after = prepared.program.module.parameters()
     assert all(bool((a == b).all()) for a, b in zip(before, after, strict=True))
-    untrained = Rates.measure(
-        scene, prepared.batches[0], ["profile"], 5.0, lambda: float(next(now))
-    )
+    untrained = Rates.measure(scene, prepared.batches, ["profile"], 5.0, lambda: float(next(now)))
     assert untrained.training == untrained.rounding == 0
+
+
+def test_the_program_is_timed_on_a_usual_batch(prepared: Prepared) -> None:
+    """The first of an encoder may be of short sentences, where calls outweigh products."""
+    config = ConvertConfig(budget=0.7, length=64)
+    scene = scene_of(prepared.program, config, prepared.asked, prepared.batches, prepared.held)
+    whole = prepared.batches[0]
+    small = Batch((*(t[:, :4] for t in whole.inputs[:2]), *whole.inputs[2:]))
+    ran = []
+    program = prepared.program.copy()
+    run = program.run
+    program.run = lambda *inputs: (ran.append(inputs[0].shape), run(*inputs))[1]  # type: ignore
+    scene = replace(scene, program=program)
+    Rates.measure(scene, [small, whole, small], ["profile"], 5.0)
+    assert max(shape[1] for shape in ran) == scene.length
 
 
 # What does not fit, and what is refused
