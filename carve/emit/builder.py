@@ -33,10 +33,16 @@ def lazy_float(name: str, value: Tensor) -> ir.LazyTensor:
 
 
 class Builder:
-    """Appends nodes before a node of the graph and keeps new initializers."""
+    """Appends nodes before a node of the graph and keeps new initializers.
 
-    def __init__(self, model: ir.Model, precision: Precision) -> None:
+    ``router_weights``: whether the engine's ``QMoE`` reads them; on CUDA it does not.
+    """
+
+    def __init__(
+        self, model: ir.Model, precision: Precision, *, router_weights: bool = True
+    ) -> None:
         self.graph, self.precision = model.graph, precision
+        self.router_weights = router_weights
         self.count = 0
         self.ones: dict[tuple[int, ir.Value | None], Any] = {}
 

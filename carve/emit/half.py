@@ -2,8 +2,8 @@
 
 onnxruntime's ``QMoE`` and ``GroupQueryAttention`` take nothing wider on CUDA. Its integer experts
 have a layout of their own there, so the plain one that is written has to be named
-(``weights_prepacked = 0``), and weigh results in a way of their own; products see activations as
-they are, not rounded to int8.
+(``weights_prepacked = 0``), and they read no weights of routes (`carve.emit.builder.Builder`);
+products see activations as they are, not rounded to int8.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ _CACHE = ("past_key_values.", "present.")
 # Their means and deviations, which nothing reads, are fp32 whatever they norm.
 _NORMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
 _LARGEST = float(np.finfo(np.float16).max)
-_WEIGHTS = 14
-"""Which input of ``QMoE`` is ``router_weights``."""
-_NEVER = -1e4
-"""A score whose exponential is 0, and which fp16 has."""
 
 
 def to_half(model: ir.Model) -> None:
@@ -37,10 +33,6 @@ def to_half(model: ir.Model) -> None:
     cache.
     """
     graphs = [model.graph, *model.graph.subgraphs()]
-    for graph in graphs:
-        for node in list(graph):
-            if node.op_type == "QMoE":
-                _equal_weights(node)
     onnx_passes.TopologicalSortPass()(model)
     give_types(model.graph)
     wide = _routing(graphs) | _angles(graphs) | _sums(graphs)
@@ -64,60 +56,6 @@ def to_half(model: ir.Model) -> None:
             keeps = top and not str(v.name).startswith(_CACHE)
             if v in kinds and kinds[v] != (_WIDE if keeps else _HALF):
                 _cast_output(graph, i, _WIDE if keeps else _HALF)
-
-
-def _equal_weights(node: ir.Node) -> None:
-    """Have a ``QMoE`` weigh experts 1 or 0 where it reads no ``router_weights``.
-
-    CUDA's kernel takes the ``k`` greatest of ``router_probs`` ``[n, E]`` and weighs them by their
-    softmax. Scores of 0 for the ``c`` experts that are to run and of -10,000 for the others give
-    each ``1 / c``, so the result is times ``c``; where none is to run, ``c`` is 0.
-    """
-    scores, routes, result = given(node.inputs[1]), given(node.inputs[_WEIGHTS]), node.outputs[0]
-    graph, users = node.graph, list(result.uses())
-    assert isinstance(graph, ir.Graph)
-
-    def constant(name: str, value: np.ndarray) -> ir.Value:
-        tensor = ir.Tensor(value, name=f"{result.name}.{name}")
-        v = ir.Value(name=tensor.name, const_value=tensor)
-        v.type, v.shape = ir.TensorType(tensor.dtype), ir.Shape(value.shape)
-        graph.initializers[str(v.name)] = v
-        return v
-
-    def op(kind: str, *inputs: ir.Value, outputs: int = 1, **attributes: int) -> ir.Node:
-        return ir.node(kind, inputs, attributes, num_outputs=outputs)
-
-    def wide(value: float) -> np.ndarray:
-        return np.array(value, np.float32)
-
-    axis = constant("last", np.array([-1]))
-    best = op("TopK", scores, constant("k", np.array([node.attributes["k"].as_int()])), outputs=2)
-    taken = op("GatherElements", routes, best.outputs[1], axis=1)
-    less = op("Sub", taken.outputs[0], constant("one", wide(1)))
-    own = op("Mul", less.outputs[0], constant("scale", wide(-_NEVER)))
-    size = op("Shape", scores)
-    blank = op("Expand", constant("never", wide(_NEVER)), size.outputs[0])
-    probs = op("ScatterElements", blank.outputs[0], best.outputs[1], own.outputs[0], axis=1)
-    count = op("ReduceSum", taken.outputs[0], axis, keepdims=1)
-    before = [best, taken, less, own, size, blank, probs, count]
-    # Scores are by token, results by row and position.
-    lead = op("Shape", result, end=-1)
-    shape = op("Concat", lead.outputs[0], constant("column", np.array([1])), axis=0)
-    column = op("Reshape", count.outputs[0], shape.outputs[0])
-    whole = op("Mul", result, column.outputs[0])
-    whole.outputs[0].type, whole.outputs[0].shape = result.type, result.shape
-    after = [lead, shape, column, whole]
-    for i, new in enumerate((*before, *after)):
-        new.name = f"{result.name}.weigh{i}"
-        for j, v in enumerate(new.outputs):
-            v.name = f"{new.name}.{j}"
-    graph.insert_before(node, before)
-    graph.insert_after(node, after)
-    for user, i in users:
-        user.replace_input_with(i, whole.outputs[0])
-    node.replace_input_with(1, probs.outputs[0])
-    node.resize_inputs(_WEIGHTS)
-    node.attributes["normalize_routing_weights"] = ir.AttrInt64("normalize_routing_weights", 1)
 
 
 def _values(graphs: list[ir.Graph]) -> Iterator[ir.Value]:

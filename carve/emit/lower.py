@@ -78,13 +78,16 @@ def lower(
     program: Program,
     precision: Precision,
     routed: LowerRouted = lower_routed,
+    *,
+    router_weights: bool = True,
 ) -> None:
     """Replace every placeholder by operators of onnxruntime, in place.
 
     ``routed`` does it for the routed FFNs; one that leaves experts out needs them in no branch.
+    ``router_weights``: see `carve.emit.builder.Builder`.
     """
     graph = model.graph
-    b = Builder(model, precision)
+    b = Builder(model, precision, router_weights=router_weights)
     # Equal cosines and sines become one value, which tells equal rotary embeddings.
     onnx_passes.CommonSubexpressionEliminationPass()(model)
     placeholders: dict[str, list[ir.Node]] = {

@@ -48,7 +48,7 @@ def emit(program: Program, path: Path, bits: int, *, half: bool = False) -> Emit
         raise UserError("bits", f"--bits {bits} is not one of 16, 8, 4", "try --bits 4")
     with quiet():
         model, weights = skeleton(program)
-        lower(model, weights, program, Precision(program, bits))
+        lower(model, weights, program, Precision(program, bits), router_weights=not half)
         model.graph.name = "carve"
         if half:
             to_half(model)

@@ -18,6 +18,8 @@ from carve.grid import Grid
 
 LowerRouted = Callable[[Builder, ir.Node, str, RoutedFFN, "ir.Value | None"], None]
 """Puts nodes in place of a routed placeholder, see `lower_routed`."""
+_NEVER = -1e4
+"""A score whose exponential is 0, and which fp16 has."""
 
 
 def hidden(
@@ -137,19 +139,49 @@ def qmoe(
         f"{name}.fc2", [[(r.expert_down[e], grids["expert_down"][e])] for e in experts]
     )
     grid = grids["expert_up"][experts[0]]
-    inputs = [x, scores, w1, s1, first_bias, w2, s2, second_bias, *[None] * 6, routes]
-    return b.op(
+    k, count = min(r.top_k, len(experts)), None
+    if not b.router_weights:
+        scores, count = _equal_scores(b, at, scores, routes, k)
+    more = [*[None] * 6, routes] if b.router_weights else []
+    inputs = [x, scores, w1, s1, first_bias, w2, s2, second_bias, *more]
+    y = b.op(
         at,
         "QMoE",
         inputs,
         domain=CONTRIB,
-        k=min(r.top_k, len(experts)),
-        normalize_routing_weights=0,
+        k=k,
+        normalize_routing_weights=int(not b.router_weights),
         expert_weight_bits=grid.bits,
         block_size=grid.block,
         accuracy_level=4,
         **attributes,
     )
+    if count is None:
+        return y
+    # Counts are by token, results by row and position.
+    one = b.const("carve_i1", np.array([1]))
+    shape = b.op(at, "Concat", [b.op(at, "Shape", [y], end=-1), one], axis=0)
+    return b.op(at, "Mul", [y, b.op(at, "Reshape", [count, shape])])
+
+
+def _equal_scores(b: Builder, at: Place, scores: Any, routes: Any, k: int) -> tuple[Any, Any]:
+    """Scores ``[n, E]`` whose softmax weighs routes alike, and by how much: counts ``[n, 1]``.
+
+    A ``QMoE`` that reads no ``router_weights`` takes the ``k`` greatest of ``router_probs`` and
+    weighs them by their softmax. Scores of 0 for the ``c`` experts that are to run and of -10,000
+    for the others give each ``1 / c``, so its result is to be times ``c``; where none is to run,
+    ``c`` is 0.
+    """
+    never = b.const("carve_never", np.array(_NEVER, np.float32))
+    size = b.const(f"carve_k{k}", np.array([k]))
+    _, best = b.op(at, "TopK", [scores, size], outputs=2)
+    taken = b.op(at, "GatherElements", [routes, best], axis=1)
+    less = b.op(at, "Sub", [b.const("carve_unit", np.array(1.0, np.float32)), taken])
+    own = b.op(at, "Mul", [less, never])
+    blank = b.op(at, "Expand", [never, b.op(at, "Shape", [scores])])
+    last = b.const("carve_last", np.array([-1]))
+    count = b.op(at, "ReduceSum", [taken, last], keepdims=1)
+    return b.op(at, "ScatterElements", [blank, best, own], axis=1), count
 
 
 def routes_of(b: Builder, at: ir.Node, scores: Any, r: RoutedFFN) -> Any:
