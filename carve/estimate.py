@@ -148,7 +148,7 @@ def _working(scene: Scene, names: Sequence[str]) -> float:
     # Streams, inputs and queries of both copies, and one site's lesson.
     walked = 4.0 * t * d * (2 * 4 + 4)
     fitted = 8.0 * (m + 33) ** 2 * 3 + 4.0 * 4096 * m * 6
-    batch = 4.0 * scene.rows * scene.length * (3 * scene.vocabulary + 6 * m)
+    batch = 4.0 * scene.usual * (3 * scene.vocabulary + 6 * m)
     if "quantize" in names:
         tq = min(t, 24_576)
         walked = max(walked, 4.0 * tq * d * 16 + 8.0 * tq * scene.vocabulary)

@@ -104,8 +104,7 @@ class Rates:
             torch.manual_seed(0)
             with torch.no_grad():
                 plain = _plain(scene, timer)
-                usual = scene.rows * scene.length
-                batch = min(batches, key=lambda b: abs(b.positions - usual))
+                batch = min(batches, key=lambda b: abs(b.positions - scene.usual))
                 forward = _forward(scene, batch, timer)
                 rounding = _rounding(scene, timer) if "quantize" in passes else (0.0, 0.0)
             trains = {"distill", "finetune"} & {*passes} and scene.carved
@@ -146,7 +145,7 @@ def _plain(scene: Scene, timer: _Timer) -> tuple[float, float, float, float]:
     """Seconds of a product, of solving, of an element and of a step."""
     site = scene.program.sites[0].dense
     d, m = site.up.shape[1], site.intermediate_size
-    n = min(2048, scene.rows * scene.length)
+    n = min(2048, scene.usual)
     x, w = torch.randn(n, d), torch.randn(min(m, 2048), d)
     hidden, small = torch.randn(n, len(w)), torch.zeros(4)
     size = min(m, 512)
@@ -180,7 +179,7 @@ def _forward(scene: Scene, batch: Batch, timer: _Timer) -> tuple[float, float]:
         return lambda: program.run(*inputs), float(count)
 
     each = sum(p.numel() for p in program.module.parameters())
-    most = int(min(scene.rows * scene.length, max(32, _MACS / each)))
+    most = int(min(scene.usual, max(32, _MACS / each)))
     return timer.line(prepare, min(8, most), most)
 
 

@@ -74,9 +74,14 @@ class Scene:
         inside = {t.data_ptr() for s, _ in self.carved for t in s.dense.tensors().values()}
         return [n for n in self.program.linears if n.weight.data_ptr() not in inside]
 
+    @property
+    def usual(self) -> int:
+        """Positions of a batch."""
+        return self.rows * self.length
+
     def runs(self, tokens: float) -> int:
         """Batches of so many tokens."""
-        return math.ceil(tokens / (self.rows * self.length))
+        return math.ceil(tokens / self.usual)
 
     def body(self, tokens: float) -> Work:
         """A forward pass without the head; what stands for FFNs takes what the dense ones do."""
@@ -113,7 +118,7 @@ class Scene:
         weights = sum(n.weight.numel() for n in self.others)
         products = len(self.others)
         for s, split in self.carved:
-            into = s.dense.macs // s.dense.down.numel() - 1
+            into = _entries(s.dense)
             wide = into * s.dense.up.shape[1]
             inputs += wide + split.shared_size + split.top_k * (wide + split.expert_size)
             weights += s.dense.macs
@@ -121,6 +126,11 @@ class Scene:
         runs = self.runs(tokens)
         each = 8 * tokens * inputs + 4 * runs * weights
         return Work(elements=each, steps=20 * runs * products)
+
+
+def _entries(dense: DenseFFN) -> int:
+    """How many matrices read an FFN's inputs: up, and gate where there is one."""
+    return 1 if dense.gate is None else 2
 
 
 def _gram(tokens: float, width: float) -> Work:
@@ -268,7 +278,7 @@ def _quantize(scene: Scene, p: Pass[Any]) -> Work:
             work += _mirrored(t, k) * groups + Work(elements=6 * t * n)
     for s, split in scene.carved:
         d, m, e = s.dense.up.shape[1], s.dense.intermediate_size, split.num_experts
-        into = s.dense.macs // s.dense.down.numel() - 1
+        into = _entries(s.dense)
         # In-projections are corrected by what the inputs were: a Gram matrix and a like product.
         work += _mirrored(t, d) + Work(products=t * d * d) + _corrected(d, into * split.shared_size)
         work += _rounding(into * split.shared_size, d, method)
@@ -371,7 +381,7 @@ def around(scene: Scene, passes: Sequence[str]) -> dict[str, Work]:
     t = scene.tokens
     streams = min(STREAM_TOKENS, t.after_pass)
     layers = min(LAYER_TOKENS, t.after_pass) * (len(scene.program.sites) + 1)
-    use = min(t.final, 4 * scene.rows * scene.length)
+    use = min(t.final, 4 * scene.usual)
     rounded = len(passes) - passes.index("quantize") if "quantize" in passes else 0
     carved = len(passes) - passes.index("carve") if "carve" in passes else 0
     last = scene.judged(t.final) + scene.body(use) + scene.judged(layers)
