@@ -11,9 +11,10 @@ import onnx
 import pytest
 import tiny_models as tiny
 import torch
+from onnx import helper
 from torch import Tensor
 
-from carve.arithmetic import as_emitted, grids_of
+from carve.arithmetic import as_emitted, grids_of, product
 from carve.budget import Request, Split, Widths
 from carve.calibration import (
     DATA,
@@ -25,7 +26,8 @@ from carve.calibration import (
 )
 from carve.capture import capture_checkpoint
 from carve.emit.onnx import emit
-from carve.emulation import BOUND, check_nodes
+from carve.emit.pack import pack
+from carve.emulation import BOUND, check_nodes, cpu_session
 from carve.errors import CarveError, UserError
 from carve.evaluate import Evaluator
 from carve.ffn import RoutedFFN
@@ -325,6 +327,50 @@ def test_a_kernel_that_computes_otherwise_is_found(
     feeds = feeds_of(four[0], carved.prompts()[0], [*four[0].inputs, "attention_mask"])
     with pytest.raises(CarveError, match="arithmetic"):
         check_nodes(path, feeds)
+
+
+def one_product(weight: Tensor, grid: Grid, path: Path, accuracy_level: int) -> None:
+    """Save ``y = x @ weight.T`` as a model of one node for 16 rows."""
+    (n, k), real = weight.shape, onnx.TensorProto.FLOAT
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "w", "s"],
+        ["y"],
+        "product",
+        domain="com.microsoft",
+        K=k, N=n, bits=grid.bits, block_size=grid.block,
+        accuracy_level=accuracy_level,
+    )
+    levels = pack(grid.levels(weight), grid.bits).reshape(n, k // grid.block, -1)
+    constants = {"w": levels, "s": grid.scale.numpy()}
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info("x", real, [16, k])],
+        [helper.make_tensor_value_info("y", real, [16, n])],
+        [onnx.numpy_helper.from_array(v, name) for name, v in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def test_activations_between_two_levels_are_taken_as_the_kernel_took_them(tmp_path: Path) -> None:
+    """Levels of 8 bits with an extreme of -128, as an embedding's after a norm of equal weights."""
+    torch.manual_seed(0)
+    x = torch.randint(-127, 128, (16, 64)) * 0.37
+    x[:, ::32] = -128 * 0.37
+    x[:, 1::16] = 64 * 0.37
+    weight = torch.randn(48, 64)
+    grid = Grid.nearest(weight, 8)
+    path = tmp_path / "m.onnx"
+    one_product(weight, grid, path, accuracy_level=4)
+    assert check_nodes(path, {"x": x.numpy()}).worst < BOUND
+    have = torch.from_numpy(cpu_session(path).run(None, {"x": x.numpy()})[0])
+    want = product(x, grid.round(weight), grid)
+    assert ((have - want).norm(dim=1) / want.norm(dim=1)).median() > 10 * BOUND
+    one_product(weight, grid, path, accuracy_level=1)  # fp32 activations
+    with pytest.raises(CarveError, match="arithmetic"):
+        check_nodes(path, {"x": x.numpy()})
 
 
 def choose(carved: Carved, **limits: float) -> tuple[dict[str, Widths], Any]:
