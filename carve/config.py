@@ -32,6 +32,7 @@ PASS_NAMES = (
     "choose_widths",
     "smooth",
     "quantize",
+    "tune_scales",
     "place",
 )
 EFFORTS = ("none", "layer", "full")

@@ -131,6 +131,7 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
         "smooth": carved + linears,
         # Grids have a scale a block; tables that are rounded stand in fp32.
         "quantize": carved + linears + 4.0 * (ffns + others + tables) / BLOCK + 4.0 * tables,
+        "tune_scales": carved + linears + 4.0 * (ffns + others + tables) / BLOCK + 4.0 * tables,
     }
     return sum(each.get(n, 0.0) for n in names)
 

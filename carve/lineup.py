@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from carve.passbase import Pass
     from carve.program import Program
 
-WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize")
+WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize", "tune_scales")
 """Passes that run where nothing is carved, too."""
 LAYER_TOKENS = 98_304
 """Most calibration tokens that layer-wise work sees."""
@@ -57,6 +57,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.Smooth, p.SmoothConfig, **as_published))
     if config.nominal_bits < 16:
         listed.append(make(p.Quantize, p.QuantizeConfig))
+        trained = config.effort != "none" and config.nominal_bits < 8 and not config.exact
+        if trained or "tune_scales" in config.passes:
+            listed.append(make(p.TuneScales, p.TuneScalesConfig))
     if config.devices is not None or "place" in config.passes:
         given = {} if config.devices is None else {"devices": config.devices}
         listed.append(make(p.Place, p.PlaceConfig, **given))

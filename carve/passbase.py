@@ -73,7 +73,8 @@ class Context:
     not in ``batches``; ``stream`` are all batches, where an end-to-end pass may see more than
     layer-wise work does; ``partial`` keeps what a long pass needs to go on after a crash;
     ``widths`` are the bits of weights by unit, ``bits`` those of units that are not in it, and
-    ``limits`` what mixed widths have to keep, by resource (`carve.passes.ChooseWidths`).
+    ``limits`` what mixed widths have to keep, by resource (`carve.passes.ChooseWidths`); ``dense``
+    is the program as it was before the first pass, where one needs it (`Pass.needs_dense`).
     """
 
     batches: Sequence[Batch]
@@ -89,6 +90,7 @@ class Context:
     bits: int = 16
     widths: dict[str, Widths] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
+    dense: Program | None = None
 
     def split(self, site: FFNSite) -> Split:
         """The widths of a site that is carved.
@@ -149,6 +151,8 @@ class Pass(ABC, Generic[ConfigT]):
     """
 
     name: ClassVar[str]
+    needs_dense: ClassVar[bool] = False
+    """Whether it needs the program as it was before the first pass; see `Context`."""
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -274,6 +278,8 @@ class PassManager:
         """
         for p in self.passes:
             p.foresee(program, context)
+        if context.dense is None and any(p.needs_dense for p in self.passes):
+            context.dense = program.copy()
         done = [] if self.keeper is None else self.keeper.restore(program, context)
         names = [p.name for p in self.passes]
         end = len(names) if until is None else names.index(until) + 1

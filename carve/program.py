@@ -351,8 +351,13 @@ class Program:
     ) -> list[fx.Node]:
         """Parameters that only ``node`` reads, ``weight`` on ``grid``, as nodes before it."""
         path = f"model.{name}"
-        used = {str(n.target) for n in self.module.graph.find_nodes(op="get_attr")}
-        if f"{path}.weight" in used:  # the former one stays until its node is gone
+        readers = {
+            user
+            for n in self.module.graph.find_nodes(op="get_attr")
+            if n.target == f"{path}.weight"
+            for user in n.users
+        }
+        if readers - {node}:  # another node's stays
             path += "_again"
         return [
             self._hold(node, f"{path}.{key}", tensor, grid if key == "weight" else None)

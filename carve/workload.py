@@ -250,6 +250,16 @@ def _finetune(scene: Scene, p: Pass[Any]) -> Work:
     return scene.forward(t) + training + loss
 
 
+def _tune_scales(scene: Scene, p: Pass[Any]) -> Work:
+    weights = scene.program.num_parameters
+    t = float(p.config.tokens_for(weights))
+    # The dense program's way forward, and this one's, which costs twice as much backwards; its
+    # weights are scaled at every step.
+    runs = scene.forward(t) * 4 + (scene.routed(t) + scene.emulated(t)) * 2
+    steps = t / p.config.batch
+    return runs + Work(elements=20.0 * t * scene.vocabulary + 6.0 * steps * weights)
+
+
 def _orthogonal(dense: DenseFFN) -> float:
     """Multiply-accumulates of Muon's five Newton-Schulz rounds for the matrices of one FFN."""
     found = 0.0
@@ -369,6 +379,7 @@ COUNTED: dict[str, Callable[[Scene, Pass[Any]], Work]] = {
     "distill": _distill,
     "finetune": _finetune,
     "quantize": _quantize,
+    "tune_scales": _tune_scales,
     "gate": _gate,
     "place_gates": _place_gates,
     "choose_widths": _choose_widths,

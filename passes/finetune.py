@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from carve import training_state
 from carve.calibration import Batch
 from carve.dialect import select
+from carve.end_to_end import divergence, in_order, in_parts, quarters, train
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
-from carve.tuning import Balance, MaskedFFN, cosine, mixed_precision
+from carve.tuning import Balance, MaskedFFN, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -72,81 +70,42 @@ class Finetune(Pass[FinetuneConfig]):
 
     def call(self, program: Program, context: Context) -> FinetuneMetrics:
         """Train, then set the thresholds anew and keep what is better."""
-        whole = context.stream or context.batches
-        batches = [part for b in whole for part in _parts(b, self.config.batch)]
-        sizes = [b.tokens for b in batches]
+        c = self.config
+        batches = in_parts(context.stream or context.batches, c.batch)
+        plan = in_order(batches, c.tokens, context.generator(self.name))
         losses: list[float] = []
-        seen = 0
 
         def rewrite() -> None:
-            nonlocal seen
             models = {
                 s.name: MaskedFFN(
                     need_routed(s, self.name),
                     straight_through=True,
-                    rank=self.config.rank,
+                    rank=c.rank,
                     form=context.request.form,
                 )
                 for s in program.carved
             }
-            order = list(self._order(sizes, context))
-            seen = sum(sizes[i] for i in order)
             balance = Balance(models, {s.name: context.experts(s) for s in program.carved})
-            self._train(program, models, balance, [batches[i] for i in order], losses, context)
+            losses[:] = train(
+                nn.ModuleDict({n.replace(".", "/"): m for n, m in models.items()}),
+                _optimizers([g for m in models.values() for g in m.groups(c.rate, c.router_rate)]),
+                plan,
+                lambda batch: self._loss(program, models, batch),
+                context,
+                self.name,
+                save_seconds=c.save_seconds,
+                after_step=lambda: balance.hold(balance.last(), 0.02),
+            )
             means = self._settle(program, models, balance, context)
             for site in program.carved:
                 routed = models[site.name].export()
                 program.set_routed(site, replace(routed, mean_top_k=means.get(site.name)))
                 site.tuned = True
 
-        kept = unless_worse(program, context if self.config.judge else None, rewrite)
-        quarter = max(1, len(losses) // 4)
-        parts = [losses[i : i + quarter] for i in range(0, len(losses), quarter)][:4]
-        return FinetuneMetrics([sum(p) / len(p) for p in parts], seen, min(sum(sizes), seen), kept)
-
-    def _order(self, sizes: list[int], context: Context) -> Iterator[int]:
-        """Batches in a new order each time round, until the tokens are seen."""
-        generator = context.generator(self.name)
-        left = self.config.tokens
-        while True:
-            for i in torch.randperm(len(sizes), generator=generator).tolist():
-                if left < sizes[i]:
-                    return
-                left -= sizes[i]
-                yield i
-
-    def _train(
-        self,
-        program: Program,
-        models: dict[str, MaskedFFN],
-        balance: Balance,
-        plan: list[Batch],
-        losses: list[float],
-        context: Context,
-    ) -> None:
-        """Run all steps that are not done."""
-        groups = [
-            g for m in models.values() for g in m.groups(self.config.rate, self.config.router_rate)
-        ]
-        optimizers = _optimizers(groups)
-        modules = torch.nn.ModuleDict({n.replace(".", "/"): m for n, m in models.items()})
-        first = training_state.load(context.partial, modules, optimizers, losses)
-        trained = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
-        saved = time.monotonic()
-        for step in context.progress(range(first, len(plan)), self.name):
-            loss = self._loss(program, models, plan[step])
-            modules.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base"] * cosine(step, len(plan))
-                optimizer.step()
-            balance.hold(balance.last(), 0.02)
-            losses.append(loss.item())
-            if time.monotonic() - saved > self.config.save_seconds:
-                training_state.save(context.partial, modules, optimizers, step + 1, losses)
-                saved = time.monotonic()
+        kept = unless_worse(program, context if c.judge else None, rewrite)
+        seen = sum(b.tokens for b in plan)
+        distinct = min(sum(b.tokens for b in batches), seen)
+        return FinetuneMetrics(quarters(losses), seen, distinct, kept)
 
     def _loss(self, program: Program, models: dict[str, MaskedFFN], batch: Batch) -> Tensor:
         dense = {s.name: s.dense for s in program.sites}
@@ -156,13 +115,7 @@ class Finetune(Pass[FinetuneConfig]):
                     *batch.inputs, replace=dense, only_first=True, gates=False
                 )[0]
             have = program.differentiable(*batch.inputs, replace=models, only_first=True)[0]
-        want, have = want.float(), have.float()
-        if program.kind == "decoder":
-            p, q = want.flatten(0, 1).log_softmax(-1), have.flatten(0, 1).log_softmax(-1)
-            return F.kl_div(q, p, log_target=True, reduction="batchmean")
-        if batch.mask is not None and want.ndim == 3:
-            want, have = want[batch.mask], have[batch.mask]
-        return (have - want).square().sum() / want.square().sum()
+        return divergence(program.kind, want, have, batch)
 
     @torch.no_grad()
     def _settle(
@@ -200,10 +153,3 @@ def _optimizers(groups: Sequence[dict[str, object]]) -> list[torch.optim.Optimiz
     if others:
         found.append(torch.optim.Adam(others, betas=(0.9, 0.95)))
     return found
-
-
-def _parts(batch: Batch, tokens: int) -> Iterator[Batch]:
-    """A batch in parts of whole rows, each of about ``tokens`` at the most."""
-    count = len(batch.inputs[0])
-    size = max(1, tokens * count // max(1, batch.tokens))
-    return (batch.rows(i, min(count, i + size)) for i in range(0, count, size))

@@ -48,6 +48,7 @@ from carve.retell import ENOUGH, missing, stretched
 class Setting:
     """A row: the bits, the passes' settings, and the calibration tokens.
 
+    ``tuned``: whether the scales are trained end to end by the dense model's predictions.
     ``told``: whether few tokens are told again, as `carve convert` does with a short text.
     """
 
@@ -57,6 +58,7 @@ class Setting:
     told: bool = False
     mixed: bool = False
     smooth: bool = False
+    tuned: bool = False
 
     def passes(self) -> list[Pass[Any]]:
         chosen: list[Pass[Any]] = []
@@ -68,7 +70,10 @@ class Setting:
             chosen.append(p.Smooth(p.SmoothConfig()))
         tokens = ENOUGH if self.told else self.tokens
         config = p.QuantizeConfig(tokens=tokens, **self.quantize)
-        return [*chosen, p.Quantize(config)]
+        chosen.append(p.Quantize(config))
+        if self.tuned:
+            chosen.append(p.TuneScales(p.TuneScalesConfig()))
+        return chosen
 
 
 SETTINGS = {
@@ -78,6 +83,7 @@ SETTINGS = {
     "int4 GPTQ, RTN fallback": Setting(quantize={"method": "gptq-fallback"}),
     "int4 EAQuant": Setting(quantize={"method": "eaquant"}),
     "int4 carve": Setting(),
+    "int4 carve, tuned": Setting(tuned=True),
     "int4 carve, smoothed": Setting(smooth=True),
     "int4 carve, blocks of 128": Setting(quantize={"block": 128}),
     "int4 carve, 2K tokens": Setting(tokens=2_048, told=True),
@@ -85,6 +91,7 @@ SETTINGS = {
     "int4 GPTQ own, 2K tokens": Setting(quantize={"method": "gptq"}, tokens=2_048),
     "int8 carve": Setting(bits=8),
     "3 bits mixed, carve": Setting(bits=3, mixed=True),
+    "3 bits mixed, carve, tuned": Setting(bits=3, mixed=True, tuned=True),
     "2 bits, carve": Setting(bits=2, mixed=True),
     "4 bits on average, mixed": Setting(bits=4.0, mixed=True),
 }
@@ -103,6 +110,7 @@ class Carved:
         PassManager([*split_passes("measured"), *names])(program, context)
         self.routed = {s.name: s.routed for s in program.carved}
         self.evaluator = Evaluator(program, bench.held)
+        self.dense = capture_checkpoint(bench.folder)
 
     def program(self) -> Program:
         """The carved program, fresh."""
@@ -120,7 +128,7 @@ class Carved:
         context = self.bench.context(program, self.share)
         limits = {BITS: setting.bits} if setting.mixed else {}
         nominal = 4 if setting.mixed else int(setting.bits)
-        context = replace(context, bits=nominal, limits=limits)
+        context = replace(context, bits=nominal, limits=limits, dense=self.dense)
         if setting.told:
             few = limit_batches(context.batches, setting.tokens)
             more = missing(program, few, ENOUGH)
@@ -133,7 +141,7 @@ class Carved:
         seconds = time.monotonic() - began
         with as_emitted(program):
             found = as_dict(self.evaluator(program))
-        metrics = results[-1].metrics
+        metrics = next(r.metrics for r in results if r.name == "quantize")
         loss = (
             math.log(found["perplexity"] / found["dense_perplexity"])
             if "perplexity" in found

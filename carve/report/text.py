@@ -173,26 +173,29 @@ def _realigned(alignment: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _split_loss(passes: list[dict[str, Any]]) -> str:
-    """The loss of carving and that of quantizing, from the figures before and after."""
+    """The loss of carving, of quantizing and of tuning scales, from the figures in between."""
     at = next(i for i, p in enumerate(passes) if p["name"] == "quantize")
-    after = passes[at]["quality"] or {}
     before = next((p["quality"] for p in reversed(passes[:at]) if p["quality"]), None)
-    if "perplexity" in after:
-        dense = math.log(after["dense_perplexity"])
-        carved = dense if before is None else math.log(before["perplexity"])
-        total = math.log(after["perplexity"])
+    after = passes[at]["quality"] or {}
+    tuned = next((p["quality"] for p in passes[at:] if p["name"] == "tune_scales"), None)
+    named = [("carving", before), ("quantizing", after), ("tuning scales", tuned)]
+    last = tuned or after
+    if "perplexity" in last:
+        name, former = "log-perplexity", math.log(last["dense_perplexity"])
+        losses = [(n, math.log(q["perplexity"])) for n, q in named if q]
         kl = 0.0 if before is None else before["kl"]
-        return (
-            f"log-perplexity {total - dense:+.4f}: {carved - dense:+.4f} by carving, "
-            f"{total - carved:+.4f} by quantizing; KL {after['kl']:.4f}, {kl:.4f} before quantizing"
-        )
-    if "cosine_mean" in after:
-        carved = 1.0 if before is None else before["cosine_mean"]
-        return (
-            f"1 - cosine {1 - after['cosine_mean']:.4f}: {1 - carved:.4f} by carving, "
-            f"{carved - after['cosine_mean']:+.4f} by quantizing"
-        )
-    return "quality was not measured"
+        end = f"; KL {last['kl']:.4f}, {kl:.4f} before quantizing"
+    elif "cosine_mean" in last:
+        name, former, end = "1 - cosine", 0.0, ""
+        losses = [(n, 1 - q["cosine_mean"]) for n, q in named if q]
+    else:
+        return "quality was not measured"
+    total = losses[-1][1] - former
+    parts = []
+    for each, loss in losses:
+        parts.append(f"{loss - former:+.4f} by {each}")
+        former = loss
+    return f"{name} {total:+.4f}: {', '.join(parts)}{end}"
 
 
 def _percentile(values: list[float], share: float) -> float:

@@ -338,7 +338,10 @@ def one_product(weight: Tensor, grid: Grid, path: Path, accuracy_level: int) -> 
         ["y"],
         "product",
         domain="com.microsoft",
-        K=k, N=n, bits=grid.bits, block_size=grid.block,
+        K=k,
+        N=n,
+        bits=grid.bits,
+        block_size=grid.block,
         accuracy_level=accuracy_level,
     )
     levels = pack(grid.levels(weight), grid.bits).reshape(n, k // grid.block, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,34 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from training_sample import SPLIT, Routed, Steps
 
-from carve.budget import Request, Split
 from carve.calibration import (
-    DATA,
-    SiteInputs,
     by_length,
     decoder_batches,
     hold_back,
-    load_tokenizer,
-    text_batches,
 )
-from carve.capture import capture_checkpoint
 from carve.dialect import select
-from carve.evaluate import Evaluator
-from carve.passbase import Context, Pass, PassManager, unless_worse
+from carve.passbase import Pass, PassManager, unless_worse
 from carve.passes import (
-    Carve,
-    CarveConfig,
     Distill,
     DistillConfig,
     Finetune,
     FinetuneConfig,
-    Profile,
-    ProfileConfig,
     Refit,
     RefitConfig,
-    RouteRidge,
-    RouteRidgeConfig,
 )
 from carve.program import Program
 from carve.sites import FFNSite
@@ -50,35 +37,6 @@ from carve.state_folder import Course
 from carve.statistics import refit_down, weights_of_size
 from carve.tuning import Balance, MaskedFFN, calibrated, common_threshold, shuffled, threshold
 from carve.walk import walk
-
-SPLIT = Split(shared_size=64, expert_size=32, num_experts=6, top_k=2)
-
-
-class Routed:
-    """A carved and routed tiny program with its context."""
-
-    def __init__(self, folder: Path) -> None:
-        self.dense = capture_checkpoint(folder)
-        text = (DATA / "calibration.txt").read_text(encoding="utf-8")[:60_000]
-        batches = text_batches(self.dense, load_tokenizer(folder), text, 64, 6000)
-        self.batches, judged = hold_back(batches, 512)
-        self.judge = Evaluator(self.dense, judged)
-        self.inputs = SiteInputs.collect(self.dense, self.batches)
-        self.program = self.dense.copy()
-        self.run(self.program, Profile(ProfileConfig()), Carve(CarveConfig(tokens=512)))
-        self.run(self.program, RouteRidge(RouteRidgeConfig()))
-
-    def context(self, **more: Any) -> Context:
-        splits: dict[str, Split | None] = {s.name: SPLIT for s in self.program.sites}
-        return Context(
-            self.batches, self.inputs, Request(0.0), splits, judge=self.judge.loss, **more
-        )
-
-    def run(self, program: Program, *passes: Pass[Any], **more: Any) -> list[Any]:
-        return PassManager(passes)(program, self.context(**more))
-
-    def copy(self) -> Program:
-        return self.program.copy()
 
 
 @pytest.fixture(scope="module")
@@ -323,21 +281,6 @@ def test_what_makes_it_worse_is_undone(routed: Routed) -> None:
     assert [s.routed for s in program.carved] == weights
     assert not any(s.tuned for s in program.carved)
     assert unless_worse(program, None, spoil)
-
-
-class Steps:
-    """A progress that counts the steps of training, and may kill the run before one of them."""
-
-    def __init__(self, kill_at: int = -1) -> None:
-        self.kill_at, self.done = kill_at, 0
-
-    def __call__(self, items: Sequence[Any], label: str) -> Iterator[Any]:
-        for i, item in enumerate(items):
-            if label == "finetune":
-                if i == self.kill_at:
-                    raise KeyboardInterrupt
-                self.done += 1
-            yield item
 
 
 def finetune(

@@ -1,0 +1,200 @@
+"""What training the scales of a quantized program promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from training_sample import Routed, Steps
+
+from carve.arithmetic import Precision, as_emitted, grids_of, rounded
+from carve.budget import Widths
+from carve.calibration import Batch
+from carve.dialect import linear_rule
+from carve.end_to_end import divergence, in_order, in_parts
+from carve.grid import Grid
+from carve.passbase import ContractError, PassManager
+from carve.passes import Quantize, QuantizeConfig, TuneScales, TuneScalesConfig
+from carve.passes.tune_scales import Scales
+from carve.program import Program
+from carve.state import PassStates
+from carve.state_folder import Course
+
+
+@pytest.fixture(scope="module")
+def routed(checkpoint: Path) -> Routed:
+    return Routed(checkpoint)
+
+
+def quantized(routed: Routed, *widths: int) -> Program:
+    """The carved program at 4 bits, experts in turn at ``widths``."""
+    program = routed.copy()
+    each = {
+        s.name: Widths(4, tuple((widths * 6)[: s.routed.num_experts]))
+        for s in program.carved
+        if s.routed is not None
+    }
+    context = {"bits": 4, "widths": each if widths else {}}
+    routed.run(program, Quantize(QuantizeConfig(method="rtn", tokens=64)), **context)
+    return program
+
+
+@pytest.fixture(scope="module")
+def four(routed: Routed) -> Program:
+    return quantized(routed)
+
+
+def tune(routed: Routed, program: Program, **settings: Any) -> dict[str, Any]:
+    tuned = TuneScales(TuneScalesConfig(**{"tokens": 20_000, "batch": 512, **settings}))
+    (result,) = routed.run(program, tuned, dense=routed.dense, bits=4)
+    return dict(result.metrics)
+
+
+def loss(routed: Routed, program: Program) -> float:
+    with as_emitted(program):
+        return routed.judge.loss(program)
+
+
+def levels(program: Program) -> Iterator[torch.Tensor]:
+    for linear in program.linears:
+        assert linear.grid is not None
+        yield linear.grid.levels(linear.weight)
+    for site in program.carved:
+        assert site.routed is not None
+        for name, grids in site.routed.grids.items():
+            weight = getattr(site.routed, name)
+            single = isinstance(grids, Grid)
+            for w, grid in zip(
+                [weight] if single else weight, [grids] if single else grids, strict=True
+            ):
+                assert torch.equal(grid.round(w).to(w.dtype), w)
+                yield grid.levels(w)
+
+
+@pytest.mark.parametrize("widths", [(), (2, 4, 8)])
+def test_the_loss_gets_lower_and_every_level_stays(widths: tuple[int, ...], routed: Routed) -> None:
+    program = quantized(routed, *widths)
+    before, was = loss(routed, program), list(levels(program))
+    linears = [n.name for n in program.linears]
+    metrics = tune(routed, program)
+    assert metrics["kept"]
+    assert metrics["before"] == pytest.approx(before)
+    assert metrics["after"] == pytest.approx(loss(routed, program))
+    assert metrics["after"] < 0.97 * before
+    assert metrics["loss"][-1] < metrics["loss"][0]
+    assert 0 < metrics["moved"] < 0.1
+    assert 15_000 < metrics["tokens"] <= 20_000
+    now = list(levels(program))
+    assert len(now) == len(was) > 10
+    assert all(torch.equal(a, b) for a, b in zip(was, now, strict=True))
+    assert [n.name for n in program.linears] == linears
+    assert not [n for n, _ in program.module.named_parameters() if "again" in n]
+    assert metrics["scales"] == sum(g.scale.numel() for g in grids_of(program)) - sum(
+        n.grid.scale.numel() for n in program.lookups if n.grid is not None
+    )
+
+
+def test_before_training_it_is_the_arithmetic_of_the_target(routed: Routed, four: Program) -> None:
+    inputs = routed.batches[0].inputs
+    with linear_rule(Precision(four, 8).rule()):
+        want = four.run(*inputs)[0]
+    with linear_rule(Scales(four).rule()):
+        have = four.run(*inputs)[0]
+    assert torch.equal(have, want)
+
+
+def test_gradients_are_those_of_unrounded_activations_times_weights() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(8, 64), torch.randn(5, 64, requires_grad=True)
+    grid = Grid.nearest(weight, 4)
+    weight = grid.round(weight)
+    one = SimpleNamespace(linears=[SimpleNamespace(weight=weight, grid=grid)], carved=[])
+    scales = Scales(one)  # type: ignore[arg-type]
+    side = torch.randn(5, 8)
+    (scales.rule()(x, weight) * side).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, side @ weight, atol=1e-5)
+    product = (side.T @ rounded(x.detach()) * weight).unflatten(1, (2, 32)).sum(-1)
+    (log,) = scales.logs
+    assert log.grad is not None
+    assert torch.allclose(log.grad, product, atol=1e-4)
+
+
+def test_what_makes_it_worse_is_not_taken(routed: Routed, four: Program) -> None:
+    program = four.copy()
+    before = dict(program.module.named_parameters())
+    metrics = tune(routed, program, rate=0.5, tokens=5_000)
+    assert not metrics["kept"]
+    assert metrics["after"] > metrics["before"]
+    after = dict(program.module.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(after[n] is p for n, p in before.items())
+
+
+def test_a_large_program_gets_fewer_tokens(routed: Routed, four: Program) -> None:
+    config = TuneScalesConfig(tokens=1_000, work=8e6)
+    assert config.tokens_for(1_000) == 1_000
+    assert config.tokens_for(10_000) == 200
+    metrics = tune(routed, four.copy(), work=4.0 * 512 * 7 * routed.dense.num_parameters)
+    assert metrics["tokens"] == 0
+    assert not metrics["kept"]
+
+
+def test_it_goes_on_where_it_was_killed(routed: Routed, four: Program, tmp_path: Path) -> None:
+    def run(program: Program, folder: Path, steps: Steps) -> Any:
+        config = TuneScalesConfig(tokens=8_000, batch=512, save_seconds=0.0)
+        states = PassStates(folder, {}, [{"the pass": "tune_scales"}], Course(resume=True))
+        context = routed.context(progress=steps, dense=routed.dense, bits=4)
+        (result,) = PassManager([TuneScales(config)], keeper=states)(program, context)
+        return result.metrics
+
+    whole, steps = four.copy(), Steps()
+    want = run(whole, tmp_path / "whole", steps)
+    with pytest.raises(KeyboardInterrupt):
+        run(four.copy(), tmp_path / "killed", Steps(kill_at=7))
+    resumed, rest = four.copy(), Steps()
+    assert run(resumed, tmp_path / "killed", rest) == want
+    assert rest.done <= steps.done - 6
+    pairs = zip(grids_of(whole), grids_of(resumed), strict=True)
+    assert all(torch.equal(a.scale, b.scale) for a, b in pairs)
+
+
+def test_it_needs_grids_and_the_dense_program(routed: Routed, four: Program) -> None:
+    p = TuneScales(TuneScalesConfig())
+    with pytest.raises(ContractError, match="grids"):
+        p.requires(routed.program, routed.context(dense=routed.dense))
+    with pytest.raises(ContractError, match="dense"):
+        p.requires(four, routed.context())
+    # Whoever runs the passes keeps it.
+    context = routed.context(bits=4)
+    program = four.copy()
+    PassManager([TuneScales(TuneScalesConfig(tokens=64))])(program, context)
+    assert context.dense is not None
+    assert context.dense is not program
+
+
+def test_batches_come_in_a_new_order_each_time_round() -> None:
+    rows = torch.arange(12)[:, None].repeat(1, 10)
+    parts = in_parts([Batch((rows[:7],)), Batch((rows[7:],))], 30)
+    assert [len(b.inputs[0]) for b in parts] == [3, 3, 1, 3, 2]
+    plan = in_order(parts, 250, torch.Generator().manual_seed(0))
+    assert 220 < sum(b.tokens for b in plan) <= 250
+    seen = torch.cat([b.inputs[0][:, 0] for b in plan])
+    first, second = seen[:12], seen[12:]
+    assert sorted(first.tolist()) == list(range(12))
+    assert not torch.equal(first[: len(second)], second)
+
+
+def test_divergence_is_relative_for_encoders_and_kl_for_decoders() -> None:
+    torch.manual_seed(0)
+    want, have = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    p, q = want.softmax(-1), have.softmax(-1)
+    batch = Batch((torch.zeros(2, 3),), torch.tensor([[True, True, False], [True, False, False]]))
+    kl = (p * (p / q).log()).sum(-1).mean()
+    assert torch.allclose(divergence("decoder", want, have, batch), kl, atol=1e-6)
+    counted = (have - want)[batch.mask].square().sum() / want[batch.mask].square().sum()
+    assert torch.allclose(divergence("encoder", want, have, batch), counted)
