@@ -111,9 +111,16 @@ def _measure(args: argparse.Namespace, mode: str, memory: int) -> dict[str, Any]
     command = [sys.executable, __file__, str(args.artifact), "--child", mode]
     for name in ("tokens", "threads", "policy", "slack", "text", "group"):
         command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(
-        [*command, "--memory", str(memory)], capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            [*command, "--memory", str(memory)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=args.patience,
+        )
+    except subprocess.TimeoutExpired:
+        return f"over {args.patience} s"
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
         killed = done.returncode == -signal.SIGKILL
@@ -148,6 +155,7 @@ def main() -> None:
     a.add_argument("--tokens", type=int, default=64)
     a.add_argument("--threads", type=int, default=1)
     a.add_argument("--rounds", type=int, default=3)
+    a.add_argument("--patience", type=int, default=120, help="seconds; reading may go on for ever")
     a.add_argument("--policy", default="lfu")
     a.add_argument("--text", type=Path, default=_TEXT)
     a.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
