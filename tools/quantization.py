@@ -8,10 +8,10 @@ Usage::
 The model is carved once for every seed (another calibration sample each), then quantized by every
 method from that same state, calibrated on the same text and run in the emulated arithmetic of
 onnxruntime on the same held-out text. ``loss`` is the increase of log-perplexity over the routed
-model before quantization (1 - cosine for an encoder), ``kl`` the divergence from it, ``same
-experts`` the share of held-out calibration tokens with the former set of experts (the layers'
-median). Medians over the seeds, with their range; below, the loss of few calibration tokens over
-that of all, seed by seed.
+model before quantization (1 - cosine for an encoder), ``kl`` the divergence from it, ``to dense``
+that from the dense model (1 - cosine), ``same experts`` the share of held-out calibration tokens
+with the former set of experts (the layers' median). Medians over the seeds, with their range; below,
+the loss of few calibration tokens over that of all, seed by seed.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ SETTINGS = {
     "int4 carve, blocks of 128": Setting(quantize={"block": 128}),
     "int4 carve, 2K tokens": Setting(tokens=2_048, told=True),
     "int4 carve, 2K tokens as they are": Setting(tokens=2_048),
+    "int4 carve, tuned, 2K tokens": Setting(tokens=2_048, told=True, tuned=True),
     "int4 GPTQ own, 2K tokens": Setting(quantize={"method": "gptq"}, tokens=2_048),
     "int8 carve": Setting(bits=8),
     "3 bits mixed, carve": Setting(bits=3, mixed=True),
@@ -111,6 +112,7 @@ class Carved:
         self.routed = {s.name: s.routed for s in program.carved}
         self.evaluator = Evaluator(program, bench.held)
         self.dense = capture_checkpoint(bench.folder)
+        self.to_dense = Evaluator(self.dense, bench.held)
 
     def program(self) -> Program:
         """The carved program, fresh."""
@@ -141,6 +143,7 @@ class Carved:
         seconds = time.monotonic() - began
         with as_emitted(program):
             found = as_dict(self.evaluator(program))
+            to_dense = self.to_dense.loss(program)
         metrics = next(r.metrics for r in results if r.name == "quantize")
         loss = (
             math.log(found["perplexity"] / found["dense_perplexity"])
@@ -151,6 +154,7 @@ class Carved:
         return {
             "loss": loss,
             "kl": found.get("kl", loss),
+            "to dense": to_dense,
             "same experts": statistics.median(agreement),
             "same experts, clean": statistics.median(metrics["agreement_clean"].values()),
             "bits": metrics["effective_bits"][0],
@@ -160,7 +164,7 @@ class Carved:
 
 def summary(done: list[dict[str, Any]]) -> str:
     """Medians over the seeds; of the loss the range as well."""
-    names = ["loss", "kl", "same experts", "same experts, clean", "bits", "seconds"]
+    names = ["loss", "kl", "to dense", "same experts", "same experts, clean", "bits", "seconds"]
     rows = [["method", *names]]
     for method in dict.fromkeys(d["method"] for d in done):
         runs = [d for d in done if d["method"] == method]
@@ -179,6 +183,7 @@ def starved(done: list[dict[str, Any]]) -> list[str]:
     """A line for each method that was run with few tokens as well as with all."""
     pairs = {
         "carve": ("int4 carve, 2K tokens", "int4 carve"),
+        "carve, tuned": ("int4 carve, tuned, 2K tokens", "int4 carve, tuned"),
         "GPTQ": ("int4 GPTQ own, 2K tokens", "int4 GPTQ, own Hessians"),
     }
     losses = {(d["method"], d["seed"]): d["loss"] for d in done}
