@@ -10,7 +10,7 @@ method from that same state, calibrated on the same text and run in the emulated
 onnxruntime on the same held-out text. ``loss`` is the increase of log-perplexity over the routed
 model before quantization (1 - cosine for an encoder), ``kl`` the divergence from it, ``to dense``
 that from the dense model (1 - cosine), ``same experts`` the share of held-out calibration tokens
-with the former set of experts (the layers' median). Medians over the seeds, with their range; below,
+with the former set of experts (the layers' median). Medians over the seeds, with their range; then
 the loss of few calibration tokens over that of all, seed by seed.
 """
 
