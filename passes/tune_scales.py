@@ -33,7 +33,7 @@ class TuneScalesConfig:
     the program's loss gets lower.
     """
 
-    tokens: int = 49_152
+    tokens: int = 98_304
     work: float = 3e13
     batch: int = 2048
     rate: float = 0.003
