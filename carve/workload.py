@@ -252,7 +252,7 @@ def _finetune(scene: Scene, p: Pass[Any]) -> Work:
 
 def _tune_scales(scene: Scene, p: Pass[Any]) -> Work:
     weights = scene.program.num_parameters
-    t = float(p.config.tokens_for(weights))
+    t = float(p.config.tokens_for(weights, scene.tokens.calibration))
     # The dense program's way forward, and this one's, which costs twice as much backwards; its
     # weights are scaled at every step.
     runs = scene.forward(t) * 4 + (scene.routed(t) + scene.emulated(t)) * 2

@@ -26,23 +26,27 @@ _LEAST_STEPS = 8
 class TuneScalesConfig:
     """Settings of `TuneScales`.
 
-    ``tokens``: seen in all at the most, text repeated where there is less. ``work``:
-    multiply-accumulates at the most, which leaves a large program fewer tokens; where they make
-    fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam, relative to a
-    scale. ``save_seconds``: time between states to go on from. ``judge``: keep the pass only where
-    the program's loss gets lower.
+    ``tokens``: seen in all at the most, text repeated ``rounds`` times where there is less.
+    ``work``: multiply-accumulates at the most, which leaves a large program fewer tokens; where
+    they make fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam,
+    relative to a scale. ``save_seconds``: time between states to go on from. ``judge``: keep the
+    pass only where the program's loss gets lower.
     """
 
     tokens: int = 98_304
+    rounds: int = 4
     work: float = 3e13
     batch: int = 2048
     rate: float = 0.003
     save_seconds: float = 60.0
     judge: bool = True
 
-    def tokens_for(self, parameters: int) -> int:
-        """Tokens for so many parameters, each in two products forward and two backward."""
-        return min(self.tokens, int(self.work / (4 * max(1, parameters))))
+    def tokens_for(self, parameters: int, distinct: int) -> int:
+        """Tokens for so many parameters, each in two products forward and two backward.
+
+        ``distinct``: tokens that there are.
+        """
+        return min(self.tokens, self.rounds * distinct, int(self.work / (4 * parameters)))
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class TuneScales(Pass[TuneScalesConfig]):
         dense = context.dense
         assert dense is not None
         parts = in_parts(context.stream or context.batches, c.batch)
-        tokens = c.tokens_for(dense.num_parameters)
+        tokens = c.tokens_for(dense.num_parameters, sum(b.tokens for b in parts))
         plan = in_order(parts, tokens, context.generator(self.name))
         scales = Scales(program)
         count = sum(log.numel() for log in scales.logs)

@@ -137,8 +137,9 @@ def test_what_makes_it_worse_is_not_taken(routed: Routed, four: Program) -> None
 
 def test_a_large_program_gets_fewer_tokens(routed: Routed, four: Program) -> None:
     config = TuneScalesConfig(tokens=1_000, work=8e6)
-    assert config.tokens_for(1_000) == 1_000
-    assert config.tokens_for(10_000) == 200
+    assert config.tokens_for(1_000, 10_000) == 1_000
+    assert config.tokens_for(10_000, 10_000) == 200
+    assert config.tokens_for(1_000, 100) == 400
     metrics = tune(routed, four.copy(), work=4.0 * 512 * 7 * routed.dense.num_parameters)
     assert metrics["tokens"] == 0
     assert not metrics["kept"]
