@@ -28,9 +28,9 @@ class TuneScalesConfig:
 
     ``tokens``: seen in all at the most, text repeated ``rounds`` times where there is less.
     ``work``: multiply-accumulates at the most, which leaves a large program fewer tokens; where
-    they make fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam,
-    relative to a scale. ``save_seconds``: time between states to go on from. ``judge``: keep the
-    pass only where the program's loss gets lower.
+    they make fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam at 4
+    bits, relative to a scale. ``save_seconds``: time between states to go on from. ``judge``: keep
+    the pass only where the program's loss gets lower.
     """
 
     tokens: int = 98_304
@@ -95,6 +95,18 @@ class Scales(nn.Module):
         if weight.data_ptr() not in self._logs:
             self._logs[weight.data_ptr()] = (grid, nn.Parameter(torch.zeros_like(grid.scale)))
             self._kept.append(weight)
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, with steps of ``rate * 2^(4 - bits)``.
+
+        A weight at the end of its grid so moves by the same part of the distance to the next level
+        whatever the width.
+        """
+        by_bits: dict[int, list[nn.Parameter]] = {}
+        for grid, log in self._logs.values():
+            by_bits.setdefault(grid.bits, []).append(log)
+        steps = {bits: rate * 2.0 ** (4 - bits) for bits in by_bits}
+        return [{"params": by_bits[b], "lr": step, "base": step} for b, step in steps.items()]
 
     def rule(self) -> LinearRule:
         """Products with int8 activations whose gradient passes to ``x`` and to the scales.
@@ -223,9 +235,7 @@ class TuneScales(Pass[TuneScalesConfig]):
             return divergence(program.kind, want, have, batch)
 
         c = self.config
-        optimizer = torch.optim.Adam(
-            [{"params": list(scales.logs), "lr": c.rate, "base": c.rate}], betas=(0.9, 0.95)
-        )
+        optimizer = torch.optim.Adam(scales.groups(c.rate), betas=(0.9, 0.95))
         return train(
             scales, [optimizer], plan, loss, context, self.name, save_seconds=c.save_seconds
         )

@@ -124,6 +124,15 @@ def test_gradients_are_those_of_unrounded_activations_times_weights() -> None:
     assert torch.allclose(log.grad, product, atol=1e-4)
 
 
+def test_the_last_level_moves_alike_at_every_width(routed: Routed) -> None:
+    scales = Scales(quantized(routed, 2, 4, 8))
+    groups = scales.groups(0.004)
+    assert sorted(g["lr"] for g in groups) == [0.00025, 0.004, 0.016]
+    trained = [p for g in groups for p in g["params"]]
+    assert len(trained) == len(scales.logs)
+    assert {id(p) for p in trained} == {id(p) for p in scales.logs}
+
+
 def test_what_makes_it_worse_is_not_taken(routed: Routed, four: Program) -> None:
     program = four.copy()
     before = dict(program.module.named_parameters())
