@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,3 +267,25 @@ def test_whatever_stands_anywhere_is_read_or_refused(turn: int) -> None:
 def text(report: Report) -> str:
     with reading("report.json"):
         return render(report)
+
+
+def test_the_loss_is_split_between_carving_quantizing_and_tuning() -> None:
+    report = samples.report()
+    passes = report["passes"]
+    at = next(i for i, p in enumerate(passes) if p["name"] == "quantize")
+    before, after = (passes[i]["quality"]["perplexity"] for i in (at - 1, at))
+    carved, rounded = (math.log(p / 20.0) for p in (before, after))
+    line = f"{rounded:+.4f}: {carved:+.4f} by carving, {rounded - carved:+.4f} by quantizing; KL"
+    assert f"log-perplexity {line} 0.1153, 0.1034 before quantizing" in text(report)
+    quality = {**passes[at]["quality"], "perplexity": 22.0, "kl": 0.1}
+    passes.insert(at + 1, {**passes[at], "name": "tune_scales", "metrics": {}, "quality": quality})
+    tuned = math.log(1.1)
+    line = line.replace(f"{rounded:+.4f}:", f"{tuned:+.4f}:").replace("; KL", "")
+    line += f", {tuned - rounded:+.4f} by tuning scales; KL 0.1000, 0.1034 before quantizing"
+    assert f"log-perplexity {line}" in text(report)
+    # An encoder whose weights alone were rounded.
+    for p in passes:
+        if p["quality"]:
+            p["quality"] = {"cosine_mean": 0.9, "cosine_p5": 0.8, "tokens": 10}
+    report["passes"] = passes[at : at + 1]
+    assert "1 - cosine +0.1000: +0.1000 by quantizing\n" in text(report)
