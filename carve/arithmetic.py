@@ -123,18 +123,15 @@ class Precision:
 
     def _know_routed(self, r: RoutedFFN) -> None:
         in_one = fused(r, self.block)
-        for name, grids in r.grids.items():
-            weight = getattr(r, name)
-            if isinstance(grids, Grid):
-                self._know(weight, grids, "int8")
+        for name, weight, grid in r.on_grids():
+            if name.startswith("shared"):
+                self._know(weight, grid, "int8")
                 continue
             # Gate and up are one product there.
             paired = name != "expert_down" and r.expert_gate is not None
-            rows = weight.shape[1] * (2 if paired else 1)
-            for w, grid in zip(weight, grids, strict=True):
-                self._know(
-                    w, grid, expert_kernel(grid.bits, rows, is_fused=in_one, block=grid.block)
-                )
+            rows = len(weight) * (2 if paired else 1)
+            kernel = expert_kernel(grid.bits, rows, is_fused=in_one, block=grid.block)
+            self._know(weight, grid, kernel)
 
     def known(self, weight: Tensor) -> Grid | None:
         """The grid that a pass put a weight on, if any did."""
@@ -233,5 +230,4 @@ def grids_of(program: Program) -> Iterator[Grid]:
         yield grid
     for site in program.carved:
         if site.routed is not None:
-            for grids in site.routed.grids.values():
-                yield from (grids,) if isinstance(grids, Grid) else grids
+            yield from (grid for _, _, grid in site.routed.on_grids())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -98,6 +98,30 @@ class RoutedFFN:
     def arguments(self) -> dict[str, Any]:
         """The arguments of `carve.dialect.routed_ffn` after its input, in order."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOTES}
+
+    def on_grids(self) -> Iterator[tuple[str, Tensor, Grid]]:
+        """Every matrix that is on a grid ``[N, K]``, by argument name; an expert's is one."""
+        for name, grids in self.grids.items():
+            weight = getattr(self, name)
+            if isinstance(grids, Grid):
+                yield name, weight, grids
+            else:
+                yield from ((name, w, g) for w, g in zip(weight, grids, strict=True))
+
+    def regridded(self, change: Callable[[Tensor, Grid], tuple[Tensor, Grid]]) -> RoutedFFN:
+        """The same FFN with what ``change`` makes of each matrix and its grid."""
+        found: dict[str, list[tuple[Tensor, Grid]]] = {name: [] for name in self.grids}
+        for name, weight, grid in self.on_grids():
+            found[name].append(change(weight, grid))
+        weights: dict[str, Any] = {}
+        grids: dict[str, Grid | tuple[Grid, ...]] = {}
+        for name, each in found.items():
+            if isinstance(self.grids[name], Grid):
+                ((weights[name], grids[name]),) = each
+            else:
+                weights[name] = torch.stack([w for w, _ in each])
+                grids[name] = tuple(g for _, g in each)
+        return replace(self, grids=grids, **weights)
 
     def with_top_k(self, top_k: int) -> RoutedFFN:
         """The same weights with another, fixed number of experts a token."""

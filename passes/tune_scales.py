@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,13 +82,8 @@ class Scales(nn.Module):
             if linear.grid is not None:
                 self._add(linear.weight, linear.grid)
         for site in program.carved:
-            for name, grids in site.routed.grids.items() if site.routed is not None else ():
-                weight = getattr(site.routed, name)
-                if isinstance(grids, Grid):
-                    self._add(weight, grids)
-                    continue
-                for w, grid in zip(weight, grids, strict=True):
-                    self._add(w, grid)
+            for _, weight, grid in site.routed.on_grids() if site.routed is not None else ():
+                self._add(weight, grid)
         self.logs = nn.ParameterList(log for _, log in self._logs.values())
 
     def _add(self, weight: Tensor, grid: Grid) -> None:
@@ -136,21 +131,9 @@ class Scales(nn.Module):
                 weight, grid = self._scaled(linear.weight, linear.grid)
                 program.set_linear(linear, weight, linear.bias, grid)
         for site in program.carved:
-            routed = site.routed
-            if routed is None or not routed.grids:
-                continue
-            changed: dict[str, Any] = {}
-            grids: dict[str, Grid | tuple[Grid, ...]] = {}
-            for name, old in routed.grids.items():
-                weight = getattr(routed, name)
-                if isinstance(old, Grid):
-                    changed[name], grids[name] = self._scaled(weight, old)
-                    continue
-                each = [self._scaled(w, g) for w, g in zip(weight, old, strict=True)]
-                changed[name] = torch.stack([w for w, _ in each])
-                grids[name] = tuple(g for _, g in each)
-            program.set_routed(site, replace(routed, grids=grids, **changed))
-            site.tuned = True
+            if site.routed is not None and site.routed.grids:
+                program.set_routed(site, site.routed.regridded(self._scaled))
+                site.tuned = True
 
     def _scaled(self, weight: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         _, log = self._logs[weight.data_ptr()]

@@ -65,14 +65,9 @@ def levels(program: Program) -> Iterator[torch.Tensor]:
         yield linear.grid.levels(linear.weight)
     for site in program.carved:
         assert site.routed is not None
-        for name, grids in site.routed.grids.items():
-            weight = getattr(site.routed, name)
-            single = isinstance(grids, Grid)
-            for w, grid in zip(
-                [weight] if single else weight, [grids] if single else grids, strict=True
-            ):
-                assert torch.equal(grid.round(w).to(w.dtype), w)
-                yield grid.levels(w)
+        for _, weight, grid in site.routed.on_grids():
+            assert torch.equal(grid.round(weight).to(weight.dtype), weight)
+            yield grid.levels(weight)
 
 
 @pytest.mark.parametrize("widths", [(), (2, 4, 8)])
