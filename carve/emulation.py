@@ -24,6 +24,10 @@ _TIE = 127 * 2**-22
 """How far fp32 leaves an activation over its scale, at most 127, from the edge that it lies on."""
 _CPU = "CPUExecutionProvider"
 _QUANTIZED = ("MatMulNBits", "QMoE")
+_SCORES, _ROUTES = 1, 14
+"""Inputs of a `QMoE`: ``router_probs`` and ``router_weights``."""
+_FIRST, _SECOND = (2, 3, 4), (5, 6, 7)
+"""Inputs of a `QMoE`: levels, scales and bias of ``fc1`` and of ``fc2``."""
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -150,8 +154,8 @@ def _alone(node: ir.Node) -> dict[str, np.ndarray]:
     rows, width = 8, _columns(node)
     feeds = {str(node.inputs[0].name): generator.standard_normal((rows, width), np.float32)}  # type: ignore[union-attr]
     if node.op_type == "QMoE":
-        experts = _array(node.inputs[2]).shape[0]
-        scores, routes = (str(node.inputs[i].name) for i in (1, 14))  # type: ignore[union-attr]
+        experts = _array(node.inputs[_FIRST[0]]).shape[0]
+        scores, routes = (str(node.inputs[i].name) for i in (_SCORES, _ROUTES))  # type: ignore[union-attr]
         feeds[scores] = generator.standard_normal((rows, experts), np.float32)
         feeds[routes] = (feeds[scores] > 0).astype(np.float32)
     real = ir.TensorType(ir.DataType.FLOAT)
@@ -192,7 +196,7 @@ def _columns(node: ir.Node) -> int:
     if node.op_type == "MatMulNBits":
         return node.attributes["K"].as_int()
     bits = node.attributes["expert_weight_bits"].as_int()
-    return int(_array(node.inputs[2]).shape[-1]) * 8 // bits
+    return int(_array(node.inputs[_FIRST[0]]).shape[-1]) * 8 // bits
 
 
 def _array(value: ir.Value | None) -> np.ndarray:
@@ -248,28 +252,34 @@ def _experts(node: ir.Node, x: Tensor, values: Arrays) -> Tensor:
     )
     scores, routes = (
         torch.from_numpy(values[str(node.inputs[i].name)])  # type: ignore[union-attr]
-        for i in (1, 14)
+        for i in (_SCORES, _ROUTES)
     )
     taken = torch.zeros_like(scores).scatter_(1, scores.topk(k, 1).indices, 1.0) * routes
-    first, second = (unpack(_array(node.inputs[i]), bits) for i in (2, 5))
-    scale = [torch.from_numpy(_array(node.inputs[i])) for i in (3, 6)]
-    bias = [
-        None if node.inputs[i] is None else torch.from_numpy(_array(node.inputs[i])) for i in (4, 7)
-    ]
+    parts = []
+    for levels, scale, bias in (_FIRST, _SECOND):
+        added = node.inputs[bias]
+        parts.append(
+            (
+                unpack(_array(node.inputs[levels]), bits),
+                Grid(bits, torch.from_numpy(_array(node.inputs[scale])), block),
+                None if added is None else torch.from_numpy(_array(added)),
+            )
+        )
     gated = node.attributes["activation_type"].as_string() == "swiglu"
+    (first, first_grid, first_bias), (second, second_grid, second_bias) = parts
     y = x.new_zeros(len(x), second.shape[1])
     for e in range(len(first)):
         rows = taken[:, e].nonzero().squeeze(1)
-        h = _product(x[rows], first[e], Grid(bits, scale[0][e], block))
-        if bias[0] is not None:
-            h = h + bias[0][e]
+        h = _product(x[rows], first[e], first_grid[e])
+        if first_bias is not None:
+            h = h + first_bias[e]
         if gated:
             h = F.silu(h[:, ::2]) * h[:, 1::2]
         else:
             h = getattr(F, node.attributes["activation_type"].as_string())(h)
-        out = _product(h, second[e], Grid(bits, scale[1][e], block))
-        if bias[1] is not None:
-            out = out + bias[1][e]
+        out = _product(h, second[e], second_grid[e])
+        if second_bias is not None:
+            out = out + second_bias[e]
         y.index_add_(0, rows, out)
     return y
 
