@@ -26,7 +26,7 @@ _LEAST_STEPS = 8
 class TuneScalesConfig:
     """Settings of `TuneScales`.
 
-    ``tokens``: seen in all at the most, text repeated ``rounds`` times where there is less.
+    ``tokens``: seen in all at the most. ``rounds``: times that short text is repeated at the most.
     ``work``: multiply-accumulates at the most, which leaves a large program fewer tokens; where
     they make fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam at 4
     bits, relative to a scale. ``save_seconds``: time between states to go on from. ``judge``: keep
