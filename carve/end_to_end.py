@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carve import training_state
@@ -16,6 +16,32 @@ from carve.program import Kind
 from carve.tuning import cosine
 
 
+class _Divergence(torch.autograd.Function):
+    """``KL(p || q)`` of logits ``[T, V]``, mean over rows; its gradient is ``(q - p) / T``.
+
+    Some rows at a time, for both distributions and what autograd would keep of them are several
+    times the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, want: Tensor, have: Tensor) -> Tensor:
+        gradient = torch.empty_like(have)
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in torch.split(torch.arange(len(have)), 256):
+            p = want[rows].float().log_softmax(-1)
+            q = have[rows].float().log_softmax(-1)
+            each = p.exp()
+            total += (each * (p - q)).sum()
+            gradient[rows] = ((q.exp() - each) / len(have)).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        return (total / len(have)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * grads[0]
+
+
 def divergence(kind: Kind, want: Tensor, have: Tensor, batch: Batch) -> Tensor:
     """How far a program's first result is from the dense one's, a scalar with a gradient.
 
@@ -23,10 +49,11 @@ def divergence(kind: Kind, want: Tensor, have: Tensor, batch: Batch) -> Tensor:
     and ``q`` of ``have`` ``[B, S, V]``; else ``|have - want|^2 / |want|^2`` over tokens that count.
     Source: Hinton et al. (arXiv 1503.02531), temperature 1.
     """
-    want, have = want.float(), have.float()
     if kind == "decoder":
-        p, q = want.flatten(0, 1).log_softmax(-1), have.flatten(0, 1).log_softmax(-1)
-        return F.kl_div(q, p, log_target=True, reduction="batchmean")
+        rows = (t.flatten(0, 1) for t in (want, have))
+        found: Tensor = _Divergence.apply(*rows)  # type: ignore[no-untyped-call]
+        return found
+    want, have = want.float(), have.float()
     if batch.mask is not None and want.ndim == 3:
         want, have = want[batch.mask], have[batch.mask]
     return (have - want).square().sum() / want.square().sum()

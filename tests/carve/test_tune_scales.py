@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from training_sample import Routed, Steps
 
 from carve.arithmetic import Precision, as_emitted, grids_of, rounded
@@ -201,5 +202,11 @@ def test_divergence_is_relative_for_encoders_and_kl_for_decoders() -> None:
     batch = Batch((torch.zeros(2, 3),), torch.tensor([[True, True, False], [True, False, False]]))
     kl = (p * (p / q).log()).sum(-1).mean()
     assert torch.allclose(divergence("decoder", want, have, batch), kl, atol=1e-6)
+    long, other = torch.randn(2, 300, 40), torch.randn(2, 300, 40, requires_grad=True)
+    p, q = long.log_softmax(-1).flatten(0, 1), other.log_softmax(-1).flatten(0, 1)
+    want_grad = torch.autograd.grad(F.kl_div(q, p, log_target=True, reduction="batchmean"), other)
+    found = divergence("decoder", long, other, batch)
+    assert torch.allclose(found, F.kl_div(q, p, log_target=True, reduction="batchmean"))
+    assert torch.allclose(torch.autograd.grad(3 * found, other)[0], 3 * want_grad[0], atol=1e-7)
     counted = (have - want)[batch.mask].square().sum() / want[batch.mask].square().sum()
     assert torch.allclose(divergence("encoder", want, have, batch), counted)
