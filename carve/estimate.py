@@ -77,7 +77,8 @@ def room_of(
     output = sum(each.values()) + scene.copied + _PAGE
     # A target is written from one copy of its weights and compared in another.
     emission = 3.0 * max(each.values())
-    memory = resident + max(_working(scene, names), emission)
+    step = next((p.config.batch for p in passes if p.name == "tune_scales"), 0)
+    memory = resident + max(_working(scene, names, step), emission)
     return Room(memory, output, _state(scene, names))
 
 
@@ -136,8 +137,30 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
     return sum(each.get(n, 0.0) for n in names)
 
 
-def _working(scene: Scene, names: Sequence[str]) -> float:
-    """Most bytes that passes hold at once, beside the weights that are there when they begin."""
+def _trained(scene: Scene, step: int) -> float:
+    """Bytes that `carve.passes.TuneScales` keeps for its way back, at ``step`` tokens a step.
+
+    The weights with their scales. Of a token in a block: what norms, attention and the shared
+    expert read and write; of each of its experts the row that it reads, as it was and rounded for
+    gate and up, and the one that it writes; and hidden activations. Of the logits the dense ones,
+    these and their gradient.
+    """
+    kept = 3.0 * scene.vocabulary
+    for site in scene.program.sites:
+        split, d = scene.splits.get(site.name), site.dense.up.shape[1]
+        taken = 0 if split is None else split.top_k
+        hidden = site.dense.intermediate_size
+        if split is not None:
+            hidden = split.shared_size + taken * split.expert_size
+        kept += 12 * d + 4 * d * taken + 6 * hidden
+    return 4.0 * (min(step, scene.usual) * kept + scene.program.num_parameters) if step else 0.0
+
+
+def _working(scene: Scene, names: Sequence[str], step: int) -> float:
+    """Most bytes that passes hold at once, beside the weights that are there when they begin.
+
+    ``step``: see `_trained`; 0 where nothing trains scales.
+    """
     carved, linears = _stored(scene)
     t = scene.layerwise
     widths = [s.dense.up.shape[1] for s in scene.program.sites]
@@ -153,6 +176,7 @@ def _working(scene: Scene, names: Sequence[str]) -> float:
     if "quantize" in names:
         tq = min(t, 24_576)
         walked = max(walked, 4.0 * tq * d * 16 + 8.0 * tq * scene.vocabulary)
+    batch = max(batch, _trained(scene, step))
     during = inputs + logits + (walked if {"refit", "distill", "quantize"} & {*names} else 0.0)
     rewritten = carved * (2 if "quantize" in names else 1) + (
         linears if "quantize" in names else 0.0
