@@ -143,9 +143,14 @@ def _trained(scene: Scene, step: int) -> float:
     The weights with their scales. Of a token in a block: what norms, attention and the shared
     expert read and write; of each of its experts the row that it reads, as it was and rounded for
     gate and up, and the one that it writes; and hidden activations. Of the logits the dense ones,
-    these and their gradient.
+    these and their gradient. An encoder's largest batch is no usual one, and its attention keeps
+    every pair's score.
     """
-    kept = 3.0 * scene.vocabulary
+    kept, tokens = 3.0 * scene.vocabulary, float(min(step, scene.usual))
+    if scene.program.kind == "encoder":
+        tokens = float(step)
+        heads = int(scene.program.config.get("num_attention_heads", 1))
+        kept += 3.0 * heads * step / scene.rows * len(scene.program.sites)
     for site in scene.program.sites:
         split, d = scene.splits.get(site.name), site.dense.up.shape[1]
         taken = 0 if split is None else split.top_k
@@ -153,7 +158,7 @@ def _trained(scene: Scene, step: int) -> float:
         if split is not None:
             hidden = split.shared_size + taken * split.expert_size
         kept += 12 * d + 4 * d * taken + 6 * hidden
-    return 4.0 * (min(step, scene.usual) * kept + scene.program.num_parameters) if step else 0.0
+    return 4.0 * (tokens * kept + scene.program.num_parameters) if step else 0.0
 
 
 def _working(scene: Scene, names: Sequence[str], step: int) -> float:
