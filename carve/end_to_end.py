@@ -27,12 +27,12 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, want: Tensor, have: Tensor) -> Tensor:
         gradient = torch.empty_like(have)
         total = torch.zeros((), dtype=torch.float64)
-        for rows in torch.split(torch.arange(len(have)), 256):
-            p = want[rows].float().log_softmax(-1)
-            q = have[rows].float().log_softmax(-1)
+        parts = (t.split(256) for t in (want, have, gradient))
+        for wanted, found, part in zip(*parts, strict=True):
+            p, q = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
             each = p.exp()
             total += (each * (p - q)).sum()
-            gradient[rows] = ((q.exp() - each) / len(have)).to(gradient.dtype)
+            part.copy_((q.exp() - each) / len(have))
         ctx.save_for_backward(gradient)
         return (total / len(have)).float()
 

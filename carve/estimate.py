@@ -121,6 +121,8 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
     ffns = sum(t.numel() for f, _ in scene.carved for t in f.dense.tensors().values())
     others = sum(n.weight.numel() for n in scene.others)
     tables = sum(w.weight.numel() for w in scene.program.lookups if large_table(w.weight))
+    # Grids have a scale a block; tables that are rounded stand in fp32.
+    rounded = carved + linears + 4.0 * (ffns + others + tables) / BLOCK + 4.0 * tables
     each = {
         "carve": carved,
         "route_ridge": routers,
@@ -130,9 +132,8 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
         "distill": carved + biases,
         "finetune": carved + biases + 12.0 * ffns,
         "smooth": carved + linears,
-        # Grids have a scale a block; tables that are rounded stand in fp32.
-        "quantize": carved + linears + 4.0 * (ffns + others + tables) / BLOCK + 4.0 * tables,
-        "tune_scales": carved + linears + 4.0 * (ffns + others + tables) / BLOCK + 4.0 * tables,
+        "quantize": rounded,
+        "tune_scales": rounded,
     }
     return sum(each.get(n, 0.0) for n in names)
 
@@ -154,9 +155,7 @@ def _trained(scene: Scene, step: int) -> float:
     for site in scene.program.sites:
         split, d = scene.splits.get(site.name), site.dense.up.shape[1]
         taken = 0 if split is None else split.top_k
-        hidden = site.dense.intermediate_size
-        if split is not None:
-            hidden = split.shared_size + taken * split.expert_size
+        hidden = site.dense.intermediate_size if split is None else split.active_size
         kept += 12 * d + 4 * d * taken + 6 * hidden
     return 4.0 * (tokens * kept + scene.program.num_parameters) if step else 0.0
 

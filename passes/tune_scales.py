@@ -118,7 +118,7 @@ class Scales(nn.Module):
             grid, log = found
             seen = x + (rounded(x.detach(), grid.block) - x.detach())
             blocks = weight.float().unflatten(-1, (-1, grid.block))
-            return F.linear(seen, (blocks * log.exp()[..., None]).flatten(-2)).float()
+            return F.linear(seen, (blocks * log.exp()[..., None]).flatten(-2))
 
         return apply
 
@@ -184,11 +184,12 @@ class TuneScales(Pass[TuneScalesConfig]):
             return TuneScalesMetrics([], 0, count, 0.0, None, None, kept=False)
         losses = self._train(program, dense, scales, plan, context)
         before = after = None
+        kept = True
         if c.judge and context.judge is not None:
             trial = program.copy()
             scales.write(trial)
             before, after = (_loss_as_emitted(p, context) for p in (program, trial))
-        kept = before is None or after is None or after < before
+            kept = after < before
         if kept:
             scales.write(program)
         seen = sum(b.tokens for b in plan)

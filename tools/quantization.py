@@ -108,8 +108,6 @@ class Carved:
         PassManager([*split_passes("measured"), *names])(program, context)
         self.routed = {s.name: s.routed for s in program.carved}
         self.evaluator = Evaluator(program, bench.held)
-        self.dense = capture_checkpoint(bench.folder)
-        self.to_dense = Evaluator(self.dense, bench.held)
         self.rounded: tuple[Setting, Program, dict[str, Any], float] | None = None
 
     def program(self) -> Program:
@@ -124,23 +122,25 @@ class Carved:
 
     def context(self, setting: Setting) -> Context:
         """The calibration text and the bits."""
-        context = self.bench.context(self.dense, self.share)
+        dense = self.bench.program
+        context = self.bench.context(dense, self.share)
         if setting.told:
             few = limit_batches(context.batches, setting.tokens)
-            more = missing(self.dense, few, ENOUGH)
+            more = missing(dense, few, ENOUGH)
             generator = torch.Generator().manual_seed(self.bench.seed)
             if more:
-                few, _ = stretched(self.dense, few, more, len(few[0].inputs[0][0]), generator)
+                few, _ = stretched(dense, few, more, len(few[0].inputs[0][0]), generator)
             context = replace(context, batches=few)
         nominal = 4 if setting.mixed else int(setting.bits)
         limits = {BITS: setting.bits} if setting.mixed else {}
-        return replace(context, bits=nominal, limits=limits, dense=self.dense)
+        return replace(context, bits=nominal, limits=limits, dense=dense)
 
     def run(self, setting: Setting) -> dict[str, Any]:
         """Quantize, and the figures against the carved program."""
-        program, context = self.program(), self.context(setting)
+        context = self.context(setting)
         plain = replace(setting, tuned=False)
         if self.rounded is None or self.rounded[0] != plain:
+            program = self.program()
             began = time.monotonic()
             results = PassManager(setting.passes())(program, context)
             self.rounded = plain, program, results[-1].metrics, time.monotonic() - began
@@ -152,7 +152,7 @@ class Carved:
             seconds += time.monotonic() - began
         with as_emitted(program):
             found = as_dict(self.evaluator(program))
-            to_dense = self.to_dense.loss(program)
+            to_dense = self.bench.evaluator.loss(program)
         loss = (
             math.log(found["perplexity"] / found["dense_perplexity"])
             if "perplexity" in found
