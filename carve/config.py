@@ -32,7 +32,7 @@ PASS_NAMES = (
     "choose_widths",
     "smooth",
     "quantize",
-    "tune_scales",
+    "tune_grids",
     "place",
 )
 EFFORTS = ("none", "layer", "full")

@@ -77,7 +77,7 @@ def room_of(
     output = sum(each.values()) + scene.copied + _PAGE
     # A target is written from one copy of its weights and compared in another.
     emission = 3.0 * max(each.values())
-    step = next((p.config.batch for p in passes if p.name == "tune_scales"), 0)
+    step = next((p.config.batch for p in passes if p.name == "tune_grids"), 0)
     memory = resident + max(_working(scene, names, step), emission)
     return Room(memory, output, _state(scene, names))
 
@@ -133,13 +133,13 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
         "finetune": carved + biases + 12.0 * ffns,
         "smooth": carved + linears,
         "quantize": rounded,
-        "tune_scales": rounded,
+        "tune_grids": rounded,
     }
     return sum(each.get(n, 0.0) for n in names)
 
 
 def _trained(scene: Scene, step: int) -> float:
-    """Bytes that `carve.passes.TuneScales` keeps for its way back, at ``step`` tokens a step.
+    """Bytes that `carve.passes.TuneGrids` keeps for its way back, at ``step`` tokens a step.
 
     The weights with their scales. Of a token in a block: what norms, attention and the shared
     expert read and write; of each of its experts the row that it reads, as it was and rounded for

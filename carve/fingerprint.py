@@ -39,7 +39,7 @@ LIBRARIES = (
 """Those whose arithmetic, or whose reading of the input, is in the result."""
 LATE = ("bits", "size", "reads", "devices")
 """Settings that only the passes after carving hear, see `of_pass`."""
-_LATE_PASSES = ("choose_widths", "smooth", "quantize", "tune_scales", "place")
+_LATE_PASSES = ("choose_widths", "smooth", "quantize", "tune_grids", "place")
 # Not in any state: what is emitted, the order of passes (each is there by itself), settings of
 # passes, and what only chooses defaults that are there as they came out.
 _ELSEWHERE = (*LATE, "targets", "passes", "effort", "router", "tokens", "eval_tokens")

@@ -35,12 +35,15 @@ class Grid:
     """The values that the weights of a matrix may have: ``w = (q - 2^(bits-1)) * s``.
 
     ``scale`` ``[..., N, K / block]`` fp32, of either sign: there is one more level below zero than
-    above, and the sign says on which side. ``q`` in ``[0, 2^bits)``.
+    above, and the sign says on which side. ``q`` in ``[0, 2^bits)``. ``rest`` int8 ``[..., N, K]``:
+    how far above its level each weight was before it was rounded, in 1/254 of a level, at most a
+    half; None where nobody asked for it.
     """
 
     bits: int
     scale: Tensor
     block: int = BLOCK
+    rest: Tensor | None = None
 
     @property
     def zero(self) -> int:
@@ -91,4 +94,5 @@ class Grid:
 
     def __getitem__(self, index: int) -> Grid:
         """The grid of one matrix of a stack."""
-        return Grid(self.bits, self.scale[index], self.block)
+        rest = None if self.rest is None else self.rest[index]
+        return Grid(self.bits, self.scale[index], self.block, rest)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from carve.passbase import Pass
     from carve.program import Program
 
-WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize", "tune_scales")
+WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize", "tune_grids")
 """Passes that run where nothing is carved, too."""
 LAYER_TOKENS = 98_304
 """Most calibration tokens that layer-wise work sees."""
@@ -56,10 +56,11 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         as_published = {"alphas": (0.6,), "forced": True} if published else {}
         listed.append(make(p.Smooth, p.SmoothConfig, **as_published))
     if config.nominal_bits < 16:
-        listed.append(make(p.Quantize, p.QuantizeConfig))
         trained = config.effort != "none" and config.nominal_bits < 8 and not config.exact
-        if trained or "tune_scales" in config.passes:
-            listed.append(make(p.TuneScales, p.TuneScalesConfig))
+        trained = trained or "tune_grids" in config.passes
+        listed.append(make(p.Quantize, p.QuantizeConfig, rest=trained))
+        if trained:
+            listed.append(make(p.TuneGrids, p.TuneGridsConfig))
     if config.devices is not None or "place" in config.passes:
         given = {} if config.devices is None else {"devices": config.devices}
         listed.append(make(p.Place, p.PlaceConfig, **given))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from carve.arithmetic import rounded
 from carve.ffn import RoutedFFN
-from carve.grid import BLOCK, Grid
-from carve.quantizer import RTN, Method, error_of, solve, values
+from carve.grid import Grid
+from carve.rounding import Rounded, Rounding, joined, round_matrices
 from carve.sites import Linear
 from carve.statistics import (
     add_gram,
@@ -33,32 +33,6 @@ TOGETHER = 1 << 24
 """Numbers in the Gram matrices of experts that are rounded side by side."""
 _FLOOR = 0.03
 """Weight of a token that gives a group of logits no probability."""
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How units are rounded.
-
-    ``method``: see `carve.quantizer.solve`; ``correct``: move the weights first to where the inputs
-    that quantization leaves give the former results (closed form), else round them as they are;
-    ``prior``: pseudo-tokens, as a share of the input width, by which an expert's Gram matrix is
-    shrunk towards that of all tokens (0: its own tokens alone; infinity: all tokens alone);
-    ``fall_back``: keep round-to-nearest where its error on held-out tokens is lower; ``sort``:
-    order an expert's neurons by size, so that those that share a scale are alike; ``head_groups``:
-    weigh the tokens of each group of logits by its share in the divergence; ``balance``: an expert
-    learns from at most so many times its even share of the tokens (EAQuant); ``block``: weights a
-    scale; ``shrink``: how far few tokens are mistrusted, see `round_matrices`.
-    """
-
-    method: Method = field(default_factory=Method)
-    correct: bool = True
-    prior: float = 0.5
-    fall_back: bool = True
-    sort: bool = True
-    head_groups: bool = True
-    balance: float = float("inf")
-    shrink: float = 2.0
-    block: int = BLOCK
 
 
 def folds(count: int) -> tuple[Tensor, Tensor]:
@@ -86,33 +60,6 @@ def _size(view: Callable[[Tensor], Tensor], y: Tensor, weight: Tensor, index: Te
     """Weighted sum of squares of ``view(y)`` over the tokens ``index``."""
     parts = torch.split(index, _CHUNK)
     return sum(float((weight[rows, None] * view(y[rows]).square()).sum()) for rows in parts)
-
-
-def round_matrices(
-    weight: Tensor,
-    gram: Tensor,
-    held: Tensor,
-    bits: Tensor,
-    how: Rounding,
-    tokens: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """`solve`, or round-to-nearest where its error by ``held`` is lower, matrix by matrix.
-
-    What few ``tokens`` tell of ``K`` columns holds for them alone: the diagonal is raised by the
-    share ``shrink K / T``.
-
-    Shapes as there; gives weights ``[B, N, K]`` on their grids, and scales.
-    """
-    shrink = how.shrink * gram.shape[-1] / torch.tensor(tokens).clamp_min(1.0)
-    z, scale = solve(weight, gram, bits, how.method, how.block, shrink)
-    new = values(z, scale, how.block)
-    if how.fall_back and how.method != RTN:
-        z, plain_scale = solve(weight, gram, bits, RTN, how.block)
-        plain = values(z, plain_scale, how.block)
-        worse = error_of(weight, new, held) > error_of(weight, plain, held)
-        new = torch.where(worse[:, None, None], plain, new)
-        scale = torch.where(worse[:, None, None], plain_scale, scale)
-    return new, scale
 
 
 def round_linear(
@@ -143,19 +90,22 @@ def round_linear(
         )
         start = fit.solution
     wanted, widths = start.T.contiguous(), _widths(bits, start.shape[0], how)
-    new, scale = torch.empty_like(wanted), wanted.new_empty(len(wanted), len(widths))
+    found: list[Rounded] = []
+    order: list[Tensor] = []
     for rows, importance in _row_groups(lesson, how, is_head):
         gram, held = by_fold[0][0] + by_fold[1][0], by_fold[1][0]
         if importance is not None:
             gram, held = (_gram(x, importance, i) for i in parts)
             gram = gram + held
-        found = round_matrices(wanted[rows][None], gram[None], held[None], widths, how, [len(x)])
-        new[rows], scale[rows] = found[0][0], found[1][0]
+        some = round_matrices(wanted[rows][None], gram[None], held[None], widths, how, [len(x)])
+        found += some.matrices()
+        order.append(rows)
+    new = joined(found, torch.cat(order))
     bias = unit.bias
     if bias is not None and how.correct:
         w = lesson.weight / lesson.weight.sum()
-        bias = bias.float() + w @ (target - x @ new.T)
-    return new.to(unit.weight.dtype), bias, Grid(bits, scale, how.block)
+        bias = bias.float() + w @ (target - x @ new.weight.T)
+    return new.weight.to(unit.weight.dtype), bias, new.grid(bits, how.block)
 
 
 def _row_groups(
@@ -287,26 +237,21 @@ def _round_in(
     def pair(gate: Tensor | None, up: Tensor) -> Tensor:
         return up.float() if gate is None else torch.cat((gate.float(), up.float()))
 
-    def store(prefix: str, gate: Tensor | None, up: Tensor, new: Tensor, scale: Tensor) -> None:
-        names = [f"{prefix}_up"] if gate is None else [f"{prefix}_gate", f"{prefix}_up"]
-        for name, w, s in zip(names, new.chunk(len(names)), scale.chunk(len(names)), strict=True):
-            changes[name], grids[name] = (
-                w.to(up.dtype),
-                Grid(shared_bits, s.contiguous(), how.block),
-            )
-
     total = float(weight.sum())
     if r.shared_up is not None:
         w = corrected(pair(r.shared_gate, r.shared_up), gram, cross)
-        new, scale = round_matrices(
+        (new,) = round_matrices(
             w[None],
             gram[None],
             every[1][0][None],
             _widths(shared_bits, w.shape[1], how),
             how,
             [total],
-        )
-        store("shared", r.shared_gate, r.shared_up, new[0], scale[0])
+        ).matrices()
+        names = ["shared_up"] if r.shared_gate is None else ["shared_gate", "shared_up"]
+        for name, one in zip(names, new.chunks(len(names)), strict=True):
+            changes[name] = one.weight.to(r.shared_up.dtype)
+            grids[name] = one.grid(shared_bits, how.block)
     pseudo = how.prior * x.shape[1]
 
     def lesson_of(e: int) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -327,7 +272,7 @@ def _round_in(
         own_held = by_fold[1][0] + share * every[1][0]
         return corrected(w, own, own_cross), own, own_held, count + pseudo
 
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, Rounded] = {}
     side_by_side = max(1, TOGETHER // gram.numel())
     for bits in {*expert_bits}:
         same = [e for e, b in enumerate(expert_bits) if b == bits]
@@ -336,15 +281,13 @@ def _round_in(
             *matrices, seen = zip(*map(lesson_of, some), strict=True)
             w, own, own_held = map(torch.stack, matrices)
             widths = _widths(bits, w.shape[2], how)
-            new, scale = round_matrices(w, own, own_held, widths, how, seen)
-            found.update(zip(some, zip(new, scale, strict=True), strict=True))
+            each = round_matrices(w, own, own_held, widths, how, seen).matrices()
+            found.update(zip(some, each, strict=True))
     names = ["expert_up"] if r.expert_gate is None else ["expert_gate", "expert_up"]
-    for i, name in enumerate(names):
-        both = [[t.chunk(len(names))[i] for t in found[e]] for e in range(r.num_experts)]
-        changes[name] = torch.stack([w for w, _ in both]).to(r.expert_up.dtype)
-        grids[name] = tuple(
-            Grid(b, s.contiguous(), how.block) for b, (_, s) in zip(expert_bits, both, strict=True)
-        )
+    by_expert = [found[e].chunks(len(names)) for e in range(r.num_experts)]
+    for name, stack in zip(names, zip(*by_expert, strict=True), strict=True):
+        changes[name] = torch.stack([p.weight for p in stack]).to(r.expert_up.dtype)
+        grids[name] = tuple(p.grid(b, how.block) for b, p in zip(expert_bits, stack, strict=True))
     return replace(r, grids=grids, **changes)
 
 
@@ -395,26 +338,24 @@ def _round_down(
             *(_widths(b, r.expert_size, how) for b in expert_bits),
         )
     )
-    new, scale = round_matrices(
+    (new,) = round_matrices(
         start[:n].T.contiguous()[None],
         gram[None, :n, :n],
         grams[1][None, :n, :n],
         bits,
         how,
         [len(x)],
-    )
-    matrix = torch.cat((new[0].T, start[n:]))
+    ).matrices()
+    matrix = torch.cat((new.weight.T, start[n:]))
     if how.correct:
         # The biases take what is left of the mean, by expert.
         left = right[n:] - gram[n:, :n] @ matrix[:n]
         matrix[n:] = pulled_towards(matrix[n:], gram[n:, n:], left, 1e-2)
     grids = dict(r.grids)
-    blocks = scale[0].split(
-        [r.shared_size // how.block, *[r.expert_size // how.block] * r.num_experts], 1
-    )
+    shared, *experts = new.columns([r.shared_size, *[r.expert_size] * r.num_experts], how.block)
     if r.shared_size:
-        grids["shared_down"] = Grid(shared_bits, blocks[0].contiguous(), how.block)
+        grids["shared_down"] = shared.grid(shared_bits, how.block)
     grids["expert_down"] = tuple(
-        Grid(b, s.contiguous(), how.block) for b, s in zip(expert_bits, blocks[1:], strict=True)
+        e.grid(b, how.block) for b, e in zip(expert_bits, experts, strict=True)
     )
     return replace(with_down_matrix(r, matrix), grids=grids)

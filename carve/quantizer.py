@@ -103,6 +103,13 @@ def values(z: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
     return result
 
 
+def rest_of(weight: Tensor, rounded: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
+    """`carve.grid.Grid.rest` of ``weight`` ``[..., N, K]`` that became ``rounded``."""
+    off = (weight - rounded).unflatten(-1, (-1, block)) / _divisor(scale)[..., None]
+    rest: Tensor = (off * 254).round_().clamp_(-127, 127).to(torch.int8).flatten(-2)
+    return rest
+
+
 def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 

@@ -250,7 +250,7 @@ def _finetune(scene: Scene, p: Pass[Any]) -> Work:
     return scene.forward(t) + training + loss
 
 
-def _tune_scales(scene: Scene, p: Pass[Any]) -> Work:
+def _tune_grids(scene: Scene, p: Pass[Any]) -> Work:
     weights = scene.program.num_parameters
     t = float(p.config.tokens_for(weights, scene.tokens.calibration))
     # The dense program's way forward, and this one's, which costs twice as much backwards; its
@@ -379,7 +379,7 @@ COUNTED: dict[str, Callable[[Scene, Pass[Any]], Work]] = {
     "distill": _distill,
     "finetune": _finetune,
     "quantize": _quantize,
-    "tune_scales": _tune_scales,
+    "tune_grids": _tune_grids,
     "gate": _gate,
     "place_gates": _place_gates,
     "choose_widths": _choose_widths,

@@ -15,7 +15,7 @@ from carve.passes.refit import Refit, RefitConfig
 from carve.passes.route_analytical import RouteAnalytical, RouteAnalyticalConfig
 from carve.passes.route_ridge import RouteRidge, RouteRidgeConfig
 from carve.passes.smooth import Smooth, SmoothConfig
-from carve.passes.tune_scales import TuneScales, TuneScalesConfig
+from carve.passes.tune_grids import TuneGrids, TuneGridsConfig
 
 __all__ = [
     "Allocate",
@@ -48,6 +48,6 @@ __all__ = [
     "SkipGates",
     "Smooth",
     "SmoothConfig",
-    "TuneScales",
-    "TuneScalesConfig",
+    "TuneGrids",
+    "TuneGridsConfig",
 ]

@@ -20,9 +20,10 @@ from carve.ffn import RoutedFFN
 from carve.grid import BLOCK, TABLE_BITS, Grid, in_blocks, large_table
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
-from carve.quantize_units import Rounding, folds, round_ffn, round_linear, sorted_neurons
+from carve.quantize_units import folds, round_ffn, round_linear, sorted_neurons
 from carve.quantizer import GPTQ, RTN, Method
 from carve.realign import agreement, realigned
+from carve.rounding import Rounding
 from carve.sites import FFNSite, Linear, Lookup
 from carve.storable import storable
 from carve.twin import UnitLesson, twin_walk
@@ -52,7 +53,8 @@ class QuantizeConfig:
     rounds of coordinate descent on levels and scales. ``realign``: fit the routers again
     to what quantized inputs they see, where held-out agreement gets better; ``realign_steps``: of
     the fit by divergence that follows the ridge regression, 0 for none. ``block``: weights a scale,
-    32, or 128 where all widths of a unit are multiples of it (4.25 bits a weight, not 5).
+    32, or 128 where all widths of a unit are multiples of it (4.25 bits a weight, not 5). ``rest``:
+    keep where each weight lay within its level, which `carve.passes.TuneGrids` goes on from.
     """
 
     method: str = "carve"
@@ -62,6 +64,7 @@ class QuantizeConfig:
     realign: bool = True
     realign_steps: int = 30
     block: int = BLOCK
+    rest: bool = False
 
 
 @storable
@@ -141,6 +144,7 @@ class Quantize(Pass[QuantizeConfig]):
         how = METHODS[c.method]
         if c.method == "carve":
             how = replace(how, prior=c.prior, method=Method(sweeps=c.sweeps))
+        how = replace(how, rest=c.rest)
         metrics = QuantizeMetrics()
         head = program.module.graph.output_node().args[0]
         logits = head[0] if isinstance(head, (tuple, list)) else head

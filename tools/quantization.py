@@ -69,7 +69,7 @@ class Setting:
         if self.smooth:
             chosen.append(p.Smooth(p.SmoothConfig()))
         tokens = ENOUGH if self.told else self.tokens
-        config = p.QuantizeConfig(tokens=tokens, **self.quantize)
+        config = p.QuantizeConfig(tokens=tokens, rest=True, **self.quantize)
         return [*chosen, p.Quantize(config)]
 
 
@@ -148,7 +148,7 @@ class Carved:
         if setting.tuned:
             program = program.copy()
             began = time.monotonic()
-            PassManager([p.TuneScales(p.TuneScalesConfig())])(program, context)
+            PassManager([p.TuneGrids(p.TuneGridsConfig())])(program, context)
             seconds += time.monotonic() - began
         with as_emitted(program):
             found = as_dict(self.evaluator(program))

@@ -177,7 +177,7 @@ def _split_loss(passes: list[dict[str, Any]]) -> str:
     at = next(i for i, p in enumerate(passes) if p["name"] == "quantize")
     before = next((p["quality"] for p in reversed(passes[:at]) if p["quality"]), None)
     after = passes[at]["quality"] or {}
-    tuned = next((p["quality"] for p in passes[at:] if p["name"] == "tune_scales"), None)
+    tuned = next((p["quality"] for p in passes[at:] if p["name"] == "tune_grids"), None)
     named = [("carving", before), ("quantizing", after), ("tuning scales", tuned)]
     last = tuned or after
     if "perplexity" in last:

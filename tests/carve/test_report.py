@@ -278,7 +278,7 @@ def test_the_loss_is_split_between_carving_quantizing_and_tuning() -> None:
     line = f"{rounded:+.4f}: {carved:+.4f} by carving, {rounded - carved:+.4f} by quantizing; KL"
     assert f"log-perplexity {line} 0.1153, 0.1034 before quantizing" in text(report)
     quality = {**passes[at]["quality"], "perplexity": 22.0, "kl": 0.1}
-    passes.insert(at + 1, {**passes[at], "name": "tune_scales", "metrics": {}, "quality": quality})
+    passes.insert(at + 1, {**passes[at], "name": "tune_grids", "metrics": {}, "quality": quality})
     tuned = math.log(1.1)
     line = line.replace(f"{rounded:+.4f}:", f"{tuned:+.4f}:").replace("; KL", "")
     line += f", {tuned - rounded:+.4f} by tuning scales; KL 0.1000, 0.1034 before quantizing"

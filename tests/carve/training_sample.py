@@ -52,7 +52,7 @@ class Steps:
 
     def __call__(self, items: Sequence[Any], label: str) -> Iterator[Any]:
         for i, item in enumerate(items):
-            if label in ("finetune", "tune_scales"):
+            if label in ("finetune", "tune_grids"):
                 if i == self.kill_at:
                     raise KeyboardInterrupt
                 self.done += 1

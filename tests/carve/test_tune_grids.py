@@ -1,8 +1,9 @@
-"""What training the scales of a quantized program promises."""
+"""What training the grids of a quantized program promises."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,10 @@ from carve.dialect import linear_rule
 from carve.end_to_end import divergence, in_order, in_parts
 from carve.grid import Grid
 from carve.passbase import ContractError, PassManager
-from carve.passes import Quantize, QuantizeConfig, TuneScales, TuneScalesConfig
-from carve.passes.tune_scales import Scales
+from carve.passes import Quantize, QuantizeConfig, TuneGrids, TuneGridsConfig
+from carve.passes.tune_grids import Grids
 from carve.program import Program
+from carve.quantizer import rest_of
 from carve.state import PassStates
 from carve.state_folder import Course
 
@@ -31,7 +33,7 @@ def routed(checkpoint: Path) -> Routed:
     return Routed(checkpoint)
 
 
-def quantized(routed: Routed, *widths: int) -> Program:
+def quantized(routed: Routed, *widths: int, rest: bool = False) -> Program:
     """The carved program at 4 bits, experts in turn at ``widths``."""
     program = routed.copy()
     each = {
@@ -40,7 +42,7 @@ def quantized(routed: Routed, *widths: int) -> Program:
         if s.routed is not None
     }
     context = {"bits": 4, "widths": each if widths else {}}
-    routed.run(program, Quantize(QuantizeConfig(method="rtn", tokens=64)), **context)
+    routed.run(program, Quantize(QuantizeConfig(method="rtn", tokens=64, rest=rest)), **context)
     return program
 
 
@@ -50,7 +52,7 @@ def four(routed: Routed) -> Program:
 
 
 def tune(routed: Routed, program: Program, **settings: Any) -> dict[str, Any]:
-    tuned = TuneScales(TuneScalesConfig(**{"tokens": 20_000, "batch": 512, **settings}))
+    tuned = TuneGrids(TuneGridsConfig(**{"tokens": 20_000, "batch": 512, **settings}))
     (result,) = routed.run(program, tuned, dense=routed.dense, bits=4)
     return dict(result.metrics)
 
@@ -94,39 +96,87 @@ def test_the_loss_gets_lower_and_every_level_stays(widths: tuple[int, ...], rout
     )
 
 
-def test_before_training_it_is_the_arithmetic_of_the_target(routed: Routed, four: Program) -> None:
-    inputs = routed.batches[0].inputs
-    with linear_rule(Precision(four, 8).rule()):
-        want = four.run(*inputs)[0]
-    with linear_rule(Scales(four).rule()):
-        have = four.run(*inputs)[0]
+def test_levels_turn_that_lay_near_the_next_one(routed: Routed) -> None:
+    program = quantized(routed, rest=True)
+    rests = [g.rest for g in grids_of(program) if g.rest is not None]
+    was = list(levels(program))
+    assert len(rests) == len(was)
+    before = loss(routed, program)
+    metrics = tune(routed, program, level_rate=0.01)
+    assert metrics["kept"]
+    assert metrics["after"] == pytest.approx(loss(routed, program))
+    assert metrics["after"] < 0.97 * before
+    now = list(levels(program))
+    turned = [(a != b) for a, b in zip(was, now, strict=True)]
+    assert metrics["changed"] == pytest.approx(
+        float(torch.cat([t.flatten() for t in turned]).float().mean())
+    )
+    assert metrics["changed"] > 0
+    for rest, turn, old, new in zip(rests, turned, was, now, strict=True):
+        # By one level, towards where the weight lay; what was in the middle stays.
+        assert int((new.int() - old.int()).abs().max()) <= 1
+        assert not bool(turn[rest.abs() < 60].any())
+    assert all(g.rest is None for g in grids_of(program))
+
+
+def test_what_is_not_trained_forgets_where_weights_lay(routed: Routed) -> None:
+    program = quantized(routed, rest=True)
+    was = list(levels(program))
+    tune(routed, program, tokens=1)
+    assert all(g.rest is None for g in grids_of(program))
+    assert all(torch.equal(a, b) for a, b in zip(was, levels(program), strict=True))
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_before_training_it_is_the_arithmetic_of_the_target(rest: bool, routed: Routed) -> None:
+    program, inputs = quantized(routed, rest=rest), routed.batches[0].inputs
+    with linear_rule(Precision(program, 8).rule()):
+        want = program.run(*inputs)[0]
+    with linear_rule(Grids(program).rule()):
+        have = program.run(*inputs)[0]
     assert torch.equal(have, want)
 
 
-def test_gradients_are_those_of_unrounded_activations_times_weights() -> None:
+@pytest.mark.parametrize("rest", [False, True])
+def test_gradients_are_those_of_unrounded_activations_times_weights(rest: bool) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(8, 64), torch.randn(5, 64, requires_grad=True)
-    grid = Grid.nearest(weight, 4)
-    weight = grid.round(weight)
+    wanted, x = torch.randn(8, 64), torch.randn(5, 64, requires_grad=True)
+    grid = Grid.nearest(wanted, 4)
+    weight = grid.round(wanted)
+    if rest:
+        grid = replace(grid, rest=rest_of(wanted, weight, grid.scale))
     one = SimpleNamespace(linears=[SimpleNamespace(weight=weight, grid=grid)], carved=[])
-    scales = Scales(one)  # type: ignore[arg-type]
+    grids = Grids(one)  # type: ignore[arg-type]
     side = torch.randn(5, 8)
-    (scales.rule()(x, weight) * side).sum().backward()
+    (grids.rule()(x, weight) * side).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, side @ weight, atol=1e-5)
-    product = (side.T @ rounded(x.detach()) * weight).unflatten(1, (2, 32)).sum(-1)
-    (log,) = scales.logs
+    by_weight = side.T @ rounded(x.detach())
+    (log,) = grids.logs
     assert log.grad is not None
+    product = (by_weight * weight).unflatten(1, (2, 32)).sum(-1)
     assert torch.allclose(log.grad, product, atol=1e-4)
+    for place in grids.places:
+        # Where the weight lay, but for what one byte and the bound on it lose.
+        lay = wanted / grid.scale.repeat_interleave(32, 1) + grid.zero
+        assert float((place - lay.clamp(-0.5, 15.5)).detach().abs().max()) < 0.02
+        assert torch.equal(place.detach().round(), grid.levels(weight).float())
+        assert place.grad is not None
+        assert torch.allclose(
+            place.grad, by_weight * grid.scale.repeat_interleave(32, 1), atol=1e-4
+        )
+    assert len(grids.places) == rest
 
 
 def test_the_last_level_moves_alike_at_every_width(routed: Routed) -> None:
-    scales = Scales(quantized(routed, 2, 4, 8))
-    groups = scales.groups(0.004)
-    assert sorted(g["lr"] for g in groups) == [0.00025, 0.004, 0.016]
-    trained = [p for g in groups for p in g["params"]]
-    assert len(trained) == len(scales.logs)
-    assert {id(p) for p in trained} == {id(p) for p in scales.logs}
+    grids = Grids(quantized(routed, 2, 4, 8, rest=True))
+    *scales, levels = grids.groups(0.004, 0.001)
+    assert sorted(g["lr"] for g in scales) == [0.00025, 0.004, 0.016]
+    assert levels["lr"] == 0.001
+    trained = [p for g in scales for p in g["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in grids.logs}
+    assert {id(p) for p in levels["params"]} == {id(p) for p in grids.places}
+    assert len(grids.places) == len(grids.logs)
 
 
 def test_what_makes_it_worse_is_not_taken(routed: Routed, four: Program) -> None:
@@ -141,7 +191,7 @@ def test_what_makes_it_worse_is_not_taken(routed: Routed, four: Program) -> None
 
 
 def test_a_large_program_gets_fewer_tokens(routed: Routed, four: Program) -> None:
-    config = TuneScalesConfig(tokens=1_000, work=8e6)
+    config = TuneGridsConfig(tokens=1_000, work=8e6)
     assert config.tokens_for(1_000, 10_000) == 1_000
     assert config.tokens_for(10_000, 10_000) == 200
     assert config.tokens_for(1_000, 100) == 400
@@ -152,10 +202,10 @@ def test_a_large_program_gets_fewer_tokens(routed: Routed, four: Program) -> Non
 
 def test_it_goes_on_where_it_was_killed(routed: Routed, four: Program, tmp_path: Path) -> None:
     def run(program: Program, folder: Path, steps: Steps) -> Any:
-        config = TuneScalesConfig(tokens=8_000, batch=512, save_seconds=0.0)
-        states = PassStates(folder, {}, [{"the pass": "tune_scales"}], Course(resume=True))
+        config = TuneGridsConfig(tokens=8_000, batch=512, save_seconds=0.0)
+        states = PassStates(folder, {}, [{"the pass": "tune_grids"}], Course(resume=True))
         context = routed.context(progress=steps, dense=routed.dense, bits=4)
-        (result,) = PassManager([TuneScales(config)], keeper=states)(program, context)
+        (result,) = PassManager([TuneGrids(config)], keeper=states)(program, context)
         return result.metrics
 
     whole, steps = four.copy(), Steps()
@@ -170,7 +220,7 @@ def test_it_goes_on_where_it_was_killed(routed: Routed, four: Program, tmp_path:
 
 
 def test_it_needs_grids_and_the_dense_program(routed: Routed, four: Program) -> None:
-    p = TuneScales(TuneScalesConfig())
+    p = TuneGrids(TuneGridsConfig())
     with pytest.raises(ContractError, match="grids"):
         p.requires(routed.program, routed.context(dense=routed.dense))
     with pytest.raises(ContractError, match="dense"):
@@ -178,7 +228,7 @@ def test_it_needs_grids_and_the_dense_program(routed: Routed, four: Program) -> 
     # Whoever runs the passes keeps it.
     context = routed.context(bits=4)
     program = four.copy()
-    PassManager([TuneScales(TuneScalesConfig(tokens=64))])(program, context)
+    PassManager([TuneGrids(TuneGridsConfig(tokens=64))])(program, context)
     assert context.dense is not None
     assert context.dense is not program
 

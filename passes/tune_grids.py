@@ -1,0 +1,287 @@
+"""Tune grids: scales and levels of all together, by the dense program's own predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carve.arithmetic import as_emitted, grids_of, rounded
+from carve.calibration import Batch
+from carve.dialect import LinearRule, linear_rule
+from carve.end_to_end import divergence, in_order, in_parts, quarters, train
+from carve.grid import Grid
+from carve.passbase import Context, ContractError, Pass
+from carve.program import Program
+
+_LEAST_STEPS = 8
+_INSIDE, _END = 0.49, 0.499
+"""Of a level, how far from its middle a weight may start, and how far out it may go at the ends."""
+
+
+@dataclass(frozen=True)
+class TuneGridsConfig:
+    """Settings of `TuneGrids`.
+
+    ``tokens``: seen in all at the most. ``rounds``: times that short text is repeated at the most.
+    ``work``: multiply-accumulates at the most, which leaves a large program fewer tokens; where
+    they make fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam at 4
+    bits, relative to a scale. ``level_rate``: of Adam, in levels. ``save_seconds``: time between
+    states to go on from. ``judge``: keep the pass only where the program's loss gets lower.
+    """
+
+    tokens: int = 98_304
+    rounds: int = 4
+    work: float = 3e13
+    batch: int = 2048
+    rate: float = 0.003
+    level_rate: float = 0.001
+    save_seconds: float = 60.0
+    judge: bool = True
+
+    def tokens_for(self, parameters: int, distinct: int) -> int:
+        """Tokens for so many parameters, each in two products forward and two backward.
+
+        ``distinct``: tokens that there are.
+        """
+        return min(self.tokens, self.rounds * distinct, int(self.work / (4 * parameters)))
+
+
+@dataclass(frozen=True)
+class TuneGridsMetrics:
+    """``loss``: training loss over quarters of the steps; ``tokens``: seen; ``scales``: trained.
+
+    ``moved``: root mean square of what they changed by, relative to themselves; ``changed``: share
+    of the levels that are others; ``before`` and ``after``: the program's loss on calibration text
+    that is not trained on, None where nothing judges; ``kept``: whether the new grids were taken.
+    """
+
+    loss: list[float]
+    tokens: int
+    scales: int
+    moved: float
+    changed: float
+    before: float | None
+    after: float | None
+    kept: bool
+
+
+class Grids(nn.Module):
+    """The scales and levels of a quantized program's products, as parameters.
+
+    A scale is times ``exp`` of one, which keeps it from changing its sign, with which the levels
+    would change. Where a grid knows its `rest`, a level is the rounded value of one that starts
+    where the weight lay before it was rounded, or as near as leaves the level as it is. Parameters
+    are fp32 of the shapes of the grid's ``scale`` and of the weight ``[N, K]``.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._of: dict[int, tuple[Grid, nn.Parameter, nn.Parameter | None]] = {}
+        self._kept: list[Tensor] = []  # what is known by its address has to stay there
+        for linear in program.linears:
+            if linear.grid is not None:
+                self._add(linear.weight, linear.grid)
+        for site in program.carved:
+            for _, weight, grid in site.routed.on_grids() if site.routed is not None else ():
+                self._add(weight, grid)
+        self.logs = nn.ParameterList(log for _, log, _ in self._of.values())
+        self.places = nn.ParameterList(p for *_, p in self._of.values() if p is not None)
+
+    def _add(self, weight: Tensor, grid: Grid) -> None:
+        if weight.data_ptr() not in self._of:
+            log = nn.Parameter(torch.zeros_like(grid.scale))
+            place = None
+            if grid.rest is not None:
+                place = nn.Parameter(grid.levels(weight) + grid.rest * (_INSIDE / 127))
+            self._of[weight.data_ptr()] = (grid, log, place)
+            self._kept.append(weight)
+
+    def groups(self, rate: float, level_rate: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer; scales have steps of ``rate * 2^(4 - bits)``.
+
+        A weight at the end of its grid so moves by the same part of the distance to the next level
+        whatever the width.
+        """
+        by_bits: dict[int, list[nn.Parameter]] = {}
+        for grid, log, _ in self._of.values():
+            by_bits.setdefault(grid.bits, []).append(log)
+        steps = [(p, rate * 2.0 ** (4 - bits)) for bits, p in by_bits.items()]
+        if len(self.places):
+            steps.append((list(self.places), level_rate))
+        return [{"params": p, "lr": step, "base": step} for p, step in steps]
+
+    def rule(self) -> LinearRule:
+        """Products with int8 activations whose gradient passes to ``x`` and to the parameters.
+
+        ``y = x' W'^T``, ``W' = round(u) s exp(l)`` with ``x'`` the rounded activations and ``u``
+        and ``l`` the parameters. Rounding passes the gradient straight through (Bengio et al.,
+        arXiv 1308.3432).
+        """
+
+        def apply(x: Tensor, weight: Tensor) -> Tensor:
+            x = x.float()
+            found = self._of.get(weight.data_ptr())
+            if found is None:
+                return F.linear(x, weight.float())
+            grid, log, place = found
+            seen = x + (rounded(x.detach(), grid.block) - x.detach())
+            if place is None:
+                blocks = weight.float().unflatten(-1, (-1, grid.block)) * log.exp()[..., None]
+            else:
+                within = _within(place, grid)
+                levels = within + (within.detach().round() - within.detach()) - grid.zero
+                scale = grid.scale * log.exp()
+                blocks = levels.unflatten(-1, (-1, grid.block)) * scale[..., None]
+            return F.linear(seen, blocks.flatten(-2))
+
+        return apply
+
+    @torch.no_grad()
+    def write(self, program: Program) -> None:
+        """Give the program, or a copy of it, its weights with scales and levels as they are now."""
+        for linear in list(program.linears):
+            if linear.grid is not None:
+                weight, grid = self._trained(linear.weight, linear.grid)
+                program.set_linear(linear, weight, linear.bias, grid)
+        for site in program.carved:
+            if site.routed is not None and site.routed.grids:
+                program.set_routed(site, site.routed.regridded(self._trained))
+                site.tuned = True
+
+    def _trained(self, weight: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        _, log, place = self._of[weight.data_ptr()]
+        new = Grid(grid.bits, grid.scale * log.exp(), grid.block)
+        levels = grid.levels(weight) if place is None else _within(place, grid).round()
+        return new.values(levels).to(weight.dtype), new
+
+    @property
+    def moved(self) -> float:
+        """Root mean square of the scales' relative changes."""
+        changes = torch.cat([log.detach().expm1().flatten() for log in self.logs])
+        return float(changes.square().mean().sqrt())
+
+    @property
+    def changed(self) -> float:
+        """Share of the levels that are others now."""
+        other = count = 0
+        with torch.no_grad():
+            for weight in self._kept:
+                grid, _, place = self._of[weight.data_ptr()]
+                count += weight.numel()
+                if place is not None:
+                    other += int((_within(place, grid).round() != grid.levels(weight)).sum())
+        return other / max(1, count)
+
+
+def _within(place: Tensor, grid: Grid) -> Tensor:
+    """Places from where the lowest level begins to where the highest one ends."""
+    return place.clamp(-_END, 2 * grid.zero - 1 + _END)
+
+
+class TuneGrids(Pass[TuneGridsConfig]):
+    """End-to-end training of scales (second phase of EfficientQAT, arXiv 2407.11062) and levels.
+
+    ``min E_t KL(p(. | x_<t) || q(. | x_<t))`` over the grids of all linears and experts, ``p`` the
+    dense program's next-token distribution and ``q`` that of this one in the target's arithmetic;
+    for encoders the squared error of the hidden states relative to their size. Widths, routers and
+    biases stay, so nothing that is emitted changes its size. A level starts where rounding put it
+    and knows how near the next one its weight was (`carve.grid.Grid.rest`), so with small steps
+    those turn first that hardly mattered before. Rounding weight after weight sees only
+    what one weight does to its own result; this sees what all do together to the last one, and wins
+    back a part of what carving lost as well. 2-bit experts learn in int8 activations and are judged
+    by their kernel's own arithmetic.
+    """
+
+    name = "tune_grids"
+    needs_dense = True
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Needs a quantized program, and the dense one."""
+        if next(grids_of(program), None) is None:
+            raise ContractError(
+                "contract", f"{self.name} needs weights on grids", "run the quantize pass before"
+            )
+        if context.dense is None:
+            raise ContractError("contract", f"{self.name} needs the dense program")
+
+    def call(self, program: Program, context: Context) -> TuneGridsMetrics:
+        """Train, and take the new scales where they are better."""
+        c = self.config
+        dense = context.dense
+        assert dense is not None
+        parts = in_parts(context.stream or context.batches, c.batch)
+        tokens = c.tokens_for(dense.num_parameters, sum(b.tokens for b in parts))
+        plan = in_order(parts, tokens, context.generator(self.name))
+        grids = Grids(program)
+        count = sum(log.numel() for log in grids.logs)
+        if len(plan) < _LEAST_STEPS:
+            _forget(program)
+            return TuneGridsMetrics([], 0, count, 0.0, 0.0, None, None, kept=False)
+        losses = self._train(program, dense, grids, plan, context)
+        before = after = None
+        kept = True
+        if c.judge and context.judge is not None:
+            trial = program.copy()
+            grids.write(trial)
+            before, after = (_loss_as_emitted(p, context) for p in (program, trial))
+            kept = after < before
+        moved, changed = grids.moved, grids.changed
+        if kept:
+            grids.write(program)
+        else:
+            _forget(program)
+        seen = sum(b.tokens for b in plan)
+        return TuneGridsMetrics(
+            quarters(losses), seen, count, moved, changed, before, after, kept=kept
+        )
+
+    def _train(
+        self,
+        program: Program,
+        dense: Program,
+        grids: Grids,
+        plan: Sequence[Batch],
+        context: Context,
+    ) -> list[float]:
+        rule = grids.rule()
+        # Called as they are, not as operators of the graph, their weights' gradients pass.
+        routed = {s.name: s.routed for s in program.carved if s.routed is not None}
+
+        # In fp32: in bf16 every count of rows that an expert gets has a kernel made for it, which
+        # takes longer than it saves, and hundreds of MB.
+        def loss(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                want = dense.differentiable(*batch.inputs, only_first=True)[0]
+            with linear_rule(rule):
+                have = program.differentiable(*batch.inputs, replace=routed, only_first=True)[0]
+            return divergence(program.kind, want, have, batch)
+
+        c = self.config
+        optimizer = torch.optim.Adam(grids.groups(c.rate, c.level_rate), betas=(0.9, 0.95))
+        return train(
+            grids, [optimizer], plan, loss, context, self.name, save_seconds=c.save_seconds
+        )
+
+
+def _forget(program: Program) -> None:
+    """Drop what nobody needs any more: where weights lay before they were rounded."""
+    for linear in list(program.linears):
+        if linear.grid is not None and linear.grid.rest is not None:
+            grid = replace(linear.grid, rest=None)
+            program.set_linear(linear, linear.weight, linear.bias, grid)
+    for site in program.carved:
+        if site.routed is not None and any(g.rest is not None for *_, g in site.routed.on_grids()):
+            plain = site.routed.regridded(lambda w, g: (w, replace(g, rest=None)))
+            program.set_routed(site, plain)
+            site.tuned = True
+
+
+def _loss_as_emitted(program: Program, context: Context) -> float:
+    assert context.judge is not None
+    with as_emitted(program):
+        return context.judge(program)
