@@ -132,8 +132,8 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
         "distill": carved + biases,
         "finetune": carved + biases + 12.0 * ffns,
         "smooth": carved + linears,
-        "quantize": rounded,
-        "tune_grids": rounded,
+        "quantize": rounded + (ffns + others if "tune_grids" in names else 0.0),
+        "tune_grids": rounded + 12.0 * (ffns + others),
     }
     return sum(each.get(n, 0.0) for n in names)
 
@@ -141,7 +141,8 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
 def _trained(scene: Scene, step: int) -> float:
     """Bytes that `carve.passes.TuneGrids` keeps for its way back, at ``step`` tokens a step.
 
-    The weights with their scales. Of a token in a block: what norms, attention and the shared
+    Of the weights the levels and what is made of them on the way, their gradient and Adam's two
+    moments. Of a token in a block: what norms, attention and the shared
     expert read and write; of each of its experts the row that it reads, as it was and rounded for
     gate and up, and the one that it writes; and hidden activations. Of the logits the dense ones,
     these and their gradient. An encoder's largest batch is no usual one, and its attention keeps
@@ -157,7 +158,7 @@ def _trained(scene: Scene, step: int) -> float:
         taken = 0 if split is None else split.top_k
         hidden = site.dense.intermediate_size if split is None else split.active_size
         kept += 12 * d + 4 * d * taken + 6 * hidden
-    return 4.0 * (tokens * kept + scene.program.num_parameters) if step else 0.0
+    return 4.0 * (tokens * kept + 6 * scene.program.num_parameters) if step else 0.0
 
 
 def _working(scene: Scene, names: Sequence[str], step: int) -> float:

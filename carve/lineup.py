@@ -60,7 +60,8 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         trained = trained or "tune_grids" in config.passes
         listed.append(make(p.Quantize, p.QuantizeConfig, rest=trained))
         if trained:
-            listed.append(make(p.TuneGrids, p.TuneGridsConfig))
+            tokens = p.TuneGridsConfig.tokens_at(config.average_bits)
+            listed.append(make(p.TuneGrids, p.TuneGridsConfig, tokens=tokens))
     if config.devices is not None or "place" in config.passes:
         given = {} if config.devices is None else {"devices": config.devices}
         listed.append(make(p.Place, p.PlaceConfig, **given))

@@ -254,10 +254,11 @@ def _tune_grids(scene: Scene, p: Pass[Any]) -> Work:
     weights = scene.program.num_parameters
     t = float(p.config.tokens_for(weights, scene.tokens.calibration))
     # The dense program's way forward, and this one's, which costs twice as much backwards; its
-    # weights are scaled at every step.
+    # weights are made of levels and scales at every step, and both move.
     runs = scene.forward(t) * 4 + (scene.routed(t) + scene.emulated(t)) * 2
     steps = t / p.config.batch
-    return runs + Work(elements=20.0 * t * scene.vocabulary + 6.0 * steps * weights)
+    made = Work(elements=20.0 * t * scene.vocabulary + 12.0 * steps * weights)
+    return runs + made + Work(updates=weights * steps)
 
 
 def _orthogonal(dense: DenseFFN) -> float:

@@ -27,21 +27,27 @@ _INSIDE, _END = 0.49, 0.499
 class TuneGridsConfig:
     """Settings of `TuneGrids`.
 
-    ``tokens``: seen in all at the most. ``rounds``: times that short text is repeated at the most.
-    ``work``: multiply-accumulates at the most, which leaves a large program fewer tokens; where
-    they make fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam at 4
-    bits, relative to a scale. ``level_rate``: of Adam, in levels. ``save_seconds``: time between
-    states to go on from. ``judge``: keep the pass only where the program's loss gets lower.
+    ``tokens``: seen in all at the most, as many at 4 bits and more below (`tokens_at`).
+    ``rounds``: times that short text is repeated at the most. ``work``: multiply-accumulates at the
+    most, which leaves a large program fewer tokens; where they make fewer than 8 steps, nothing is
+    done. ``batch``: tokens a step. ``rate``: of Adam at 4 bits, relative to a scale.
+    ``level_rate``: of Adam, in levels. ``save_seconds``: time between states to go on from.
+    ``judge``: keep the pass only where the program's loss gets lower.
     """
 
-    tokens: int = 98_304
-    rounds: int = 4
+    tokens: int = 196_608
+    rounds: int = 8
     work: float = 3e13
     batch: int = 2048
     rate: float = 0.003
     level_rate: float = 0.001
     save_seconds: float = 60.0
     judge: bool = True
+
+    @classmethod
+    def tokens_at(cls, bits: float) -> int:
+        """Tokens at so many bits a weight: twice as many for each bit less than 4."""
+        return round(cls.tokens * 2 ** max(0.0, 4.0 - bits))
 
     def tokens_for(self, parameters: int, distinct: int) -> int:
         """Tokens for so many parameters, each in two products forward and two backward.
@@ -122,24 +128,30 @@ class Grids(nn.Module):
         and ``l`` the parameters. Rounding passes the gradient straight through (Bengio et al.,
         arXiv 1308.3432).
         """
+        # Queries, keys and values read the same input, and so do gate and up.
+        last: tuple[Tensor, int, Tensor] | None = None
 
         def apply(x: Tensor, weight: Tensor) -> Tensor:
-            x = x.float()
+            nonlocal last
             found = self._of.get(weight.data_ptr())
             if found is None:
-                return F.linear(x, weight.float())
+                return F.linear(x.float(), weight.float())
             grid, log, place = found
-            seen = x + (rounded(x.detach(), grid.block) - x.detach())
-            if place is None:
-                blocks = weight.float().unflatten(-1, (-1, grid.block)) * log.exp()[..., None]
-            else:
-                within = _within(place, grid)
-                levels = within + (within.detach().round() - within.detach()) - grid.zero
-                scale = grid.scale * log.exp()
-                blocks = levels.unflatten(-1, (-1, grid.block)) * scale[..., None]
-            return F.linear(seen, blocks.flatten(-2))
+            if last is None or last[0] is not x or last[1] != grid.block:
+                seen: Tensor = _Rounded.apply(x.float(), grid.block)  # type: ignore[no-untyped-call]
+                last = x, grid.block, seen
+            start = weight.float() if place is None else place
+            made: Tensor = _Made.apply(start, log, grid, place is None)  # type: ignore[no-untyped-call]
+            return F.linear(last[2], made)
 
         return apply
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Hold places to where the lowest level begins and the highest one ends."""
+        for grid, _, place in self._of.values():
+            if place is not None:
+                place.clamp_(-_END, 2 * grid.zero - 1 + _END)
 
     @torch.no_grad()
     def write(self, program: Program) -> None:
@@ -156,7 +168,7 @@ class Grids(nn.Module):
     def _trained(self, weight: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         _, log, place = self._of[weight.data_ptr()]
         new = Grid(grid.bits, grid.scale * log.exp(), grid.block)
-        levels = grid.levels(weight) if place is None else _within(place, grid).round()
+        levels = grid.levels(weight) if place is None else place.round()
         return new.values(levels).to(weight.dtype), new
 
     @property
@@ -174,13 +186,52 @@ class Grids(nn.Module):
                 grid, _, place = self._of[weight.data_ptr()]
                 count += weight.numel()
                 if place is not None:
-                    other += int((_within(place, grid).round() != grid.levels(weight)).sum())
+                    other += int((place.round() != grid.levels(weight)).sum())
         return other / max(1, count)
 
 
-def _within(place: Tensor, grid: Grid) -> Tensor:
-    """Places from where the lowest level begins to where the highest one ends."""
-    return place.clamp(-_END, 2 * grid.zero - 1 + _END)
+class _Rounded(torch.autograd.Function):
+    """Activations as int8 kernels see them, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
+        return rounded(x, block)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Made(torch.autograd.Function):
+    """Weights of a grid whose scales are times ``exp(log)``.
+
+    Of places ``u``: ``(round(u) - zero) s exp(log)``, with the gradient as if they were not
+    rounded; or of weights as they are, which get none. In one piece, for what elementwise operators
+    would read, write and keep for the way back is several times the weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, log: Tensor, grid: Grid, fixed: bool) -> Tensor:
+        factor = log.exp()
+        if fixed:
+            made = start.unflatten(-1, (-1, grid.block)) * factor[..., None]
+        else:
+            factor *= grid.scale
+            made = start.round().sub_(grid.zero).unflatten(-1, (-1, grid.block))
+            made *= factor[..., None]
+        ctx.save_for_backward(made, factor)
+        ctx.fixed = fixed
+        flat: Tensor = made.flatten(-2)
+        return flat
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        made, factor = ctx.saved_tensors
+        gradient = grads[0].view_as(made)
+        by_log = (gradient * made).sum(-1)
+        if ctx.fixed:
+            return None, by_log, None, None
+        return (gradient * factor[..., None]).flatten(-2), by_log, None, None
 
 
 class TuneGrids(Pass[TuneGridsConfig]):
@@ -264,7 +315,14 @@ class TuneGrids(Pass[TuneGridsConfig]):
         c = self.config
         optimizer = torch.optim.Adam(grids.groups(c.rate, c.level_rate), betas=(0.9, 0.95))
         return train(
-            grids, [optimizer], plan, loss, context, self.name, save_seconds=c.save_seconds
+            grids,
+            [optimizer],
+            plan,
+            loss,
+            context,
+            self.name,
+            save_seconds=c.save_seconds,
+            after_step=grids.bound,
         )
 
 

@@ -48,7 +48,7 @@ from carve.retell import ENOUGH, missing, stretched
 class Setting:
     """A row: the bits, the passes' settings, and the calibration tokens.
 
-    ``tuned``: whether the scales are trained end to end by the dense model's predictions.
+    ``tuned``: whether the grids are trained end to end by the dense model's predictions.
     ``told``: whether few tokens are told again, as `carve convert` does with a short text.
     """
 
@@ -148,7 +148,8 @@ class Carved:
         if setting.tuned:
             program = program.copy()
             began = time.monotonic()
-            PassManager([p.TuneGrids(p.TuneGridsConfig())])(program, context)
+            tokens = p.TuneGridsConfig.tokens_at(setting.bits)
+            PassManager([p.TuneGrids(p.TuneGridsConfig(tokens=tokens))])(program, context)
             seconds += time.monotonic() - began
         with as_emitted(program):
             found = as_dict(self.evaluator(program))

@@ -134,3 +134,21 @@ def test_bundled_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_are_three() -> None:
     assert [p.stem for p in RECIPES] == ["edge-cpu", "several-devices", "single-gpu"]
+
+
+@pytest.mark.parametrize(
+    "config, rest, tokens",
+    [
+        (ConvertConfig(budget=0.6), True, 196_608),
+        (ConvertConfig(budget=0.6, bits=3), True, 393_216),
+        (ConvertConfig(budget=0.6, effort="none"), False, None),
+        (ConvertConfig(budget=0.6, bits=8), False, None),
+    ],
+    ids=["4 bits", "3 bits", "untrained", "8 bits"],
+)
+def test_where_weights_lay_is_kept_for_training_alone(
+    config: ConvertConfig, rest: bool, tokens: int | None
+) -> None:
+    found = settings_of(config)
+    assert found["quantize"]["rest"] == rest
+    assert found.get("tune_grids", {}).get("tokens") == tokens
