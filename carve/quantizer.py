@@ -89,11 +89,14 @@ def solve(
     sweeps = method.sweeps_of(weight.shape[-1])
     if not (method.gptq or sweeps):
         return _nearest(weight, scale, top, block), scale
-    g = gram.clone()
-    g.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    # In place and put back, for a copy of the largest matrix that there is would stand beside it.
+    own = gram.diagonal(dim1=-2, dim2=-1)
+    before = own.clone()
+    own.copy_(diagonal)
     start = (weight, scale, top, block)
-    z = _gptq(*start, g) if method.gptq else _nearest(*start)
-    _descend(weight, g, z, scale, top, block, sweeps)
+    z = _gptq(*start, gram) if method.gptq else _nearest(*start)
+    _descend(weight, gram, z, scale, top, block, sweeps)
+    own.copy_(before)
     return z, scale
 
 
@@ -196,7 +199,7 @@ def _gptq(weight: Tensor, scale: Tensor, top: Tensor, block: int, gram: Tensor) 
     u = _upper_root(gram, order)
     pick = order[:, :, None].expand(weight.mT.shape)
     w = weight.mT.gather(1, pick)
-    s = _divisor(scale).mT.gather(1, pick // block)
+    s = _divisor(scale).mT.gather(1, (order // block)[:, :, None].expand(weight.mT.shape))
     high = top[order // block]
     z = torch.empty_like(w)
     for start in range(0, columns, _GPTQ_PANEL):

@@ -1,10 +1,11 @@
 """How long distilling and quantizing one large layer takes: ``python tools/layer_time.py``.
 
 One block of a 1.1B Llama (hidden 2,048, FFN 5,632) with random weights, half of the FFN active, on
-random tokens; the passes and their settings are those of ``carve convert --effort layer``, or with
-``--quantize`` those of ``--effort none --bits 4`` (then beside the layer's weights and Hessians:
-what the process grew by while it quantized). CPU seconds are those of all threads: over their
-number, what the pass takes on a machine that does nothing else.
+as many random tokens as converting the whole of it sees; the passes and their settings are those of
+``carve convert --effort layer``, or with ``--quantize`` those of ``--effort none --bits 4`` (then
+beside the layer's weights and Hessians: what the process grew by while it quantized). CPU seconds
+are those of all threads: over their number, what the pass takes on a machine that does nothing
+else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from carve import passes as p
 from carve.budget import make_request, plan_widths
 from carve.calibration import SiteInputs, decoder_batches, hold_back
 from carve.capture import capture_transformers
+from carve.config import ConvertConfig
 from carve.evaluate import Evaluator
+from carve.lineup import default_tokens
 from carve.passbase import Context, PassManager, peak_rss_mb
 from carve.report import table
 
@@ -30,7 +33,8 @@ def main() -> None:
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     a.add_argument("--hidden", type=int, default=2048)
     a.add_argument("--intermediate", type=int, default=5632)
-    a.add_argument("--tokens", type=int, default=16_384)
+    a.add_argument("--tokens", type=int, help="by default what a model of such layers is given")
+    a.add_argument("--layers", type=int, default=22, help="of that model")
     a.add_argument("--quantize", action="store_true", help="quantize instead of distilling")
     args = a.parse_args()
     torch.manual_seed(0)
@@ -44,7 +48,9 @@ def main() -> None:
         max_position_embeddings=512,
     )
     program = capture_transformers(hf.LlamaForCausalLM(config))
-    rows = torch.randint(0, 1024, (args.tokens // 512, 512))
+    each = program.num_parameters - program.lookups[0].weight.numel()
+    given = default_tokens(ConvertConfig(ffn_active=0.5), args.layers * each).calibration
+    rows = torch.randint(0, 1024, (-(-(args.tokens or given) // 512), 512))
     batches, judged = hold_back(decoder_batches(program, rows, 8), 512)
     inputs = SiteInputs.collect(program, batches)
     request = make_request(program, None, 0.5)
