@@ -311,20 +311,27 @@ def attention(
     k, v = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
     length, total = query.shape[2], k.shape[2]
     repeat = query.shape[1] // k.shape[1]
-    ks, vs = (t.repeat_interleave(repeat, 1) if repeat > 1 else t for t in (k, v))
     # After the rotation by fp32 angles releases of torch differ in the type of what was bf16.
-    ks, vs = ks.to(query.dtype), vs.to(query.dtype)
+    ks, vs = k.to(query.dtype), v.to(query.dtype)
     if length == total and softcap <= 0 and (window <= 0 or window >= total):
+        if repeat > 1:
+            ks, vs = (t.repeat_interleave(repeat, 1) for t in (ks, vs))
         return F.scaled_dot_product_attention(query, ks, vs, is_causal=True, scale=scale), k, v
-    at = torch.arange(total - length, total, device=query.device)[:, None]
+    # The heads of a group one after the other, as more rows for the same keys: a copy of a long
+    # cache for every head costs more than all else of a step.
+    shape = query.shape
+    query = query.unflatten(1, (k.shape[1], repeat)).flatten(2, 3)
+    at = torch.arange(total - length, total, device=query.device).repeat(repeat)[:, None]
     to = torch.arange(total, device=query.device)[None]
     seen = to <= at
     if window > 0:
         seen &= to > at - window
     if softcap <= 0:
-        return F.scaled_dot_product_attention(query, ks, vs, attn_mask=seen, scale=scale), k, v
-    scores = softcap * torch.tanh(query @ ks.transpose(-1, -2) * (scale / softcap))
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ vs, k, v
+        y = F.scaled_dot_product_attention(query, ks, vs, attn_mask=seen, scale=scale)
+    else:
+        scores = softcap * torch.tanh(query @ ks.transpose(-1, -2) * (scale / softcap))
+        y = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ vs
+    return y.reshape(shape), k, v
 
 
 _LIB.impl("attention", attention, "CompositeExplicitAutograd")

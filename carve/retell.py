@@ -70,11 +70,25 @@ def stretched(
     rest, judged = hold_back(batches, judge)
     kept = tokens_in(rest) + tokens_in(judged) > tokens_in(batches)
     first = [] if kept else judged  # among the rest, where there are few rows
-    given = torch.cat([b.inputs[0] for b in rest])
+    told = told_again(program, rest, tokens, generator, progress)
+    return [*first, *rest, *decoder_batches(program, told, 8)], judge
+
+
+def told_again(
+    program: Program,
+    batches: Sequence[Batch],
+    tokens: int,
+    generator: torch.Generator,
+    progress: Callable[[Sequence[Tensor]], Iterator[Tensor]] = iter,
+) -> Tensor:
+    """About ``tokens`` tokens int64 ``[R, S]``: the rows of ``batches`` as `stretched` tells them.
+
+    Rows are told over and over, each time in other words.
+    """
+    given = torch.cat([b.inputs[0] for b in batches])
     count = -(-tokens // given.shape[1])
     groups = torch.split(given.repeat(-(-count // len(given)), 1)[:count], ROWS)
-    told = torch.cat([_told(program, rows, generator) for rows in progress(groups)])
-    return [*first, *rest, *decoder_batches(program, told, 8)], judge
+    return torch.cat([_told(program, rows, generator) for rows in progress(groups)])
 
 
 @torch.no_grad()

@@ -252,13 +252,14 @@ def _finetune(scene: Scene, p: Pass[Any]) -> Work:
 
 def _tune_grids(scene: Scene, p: Pass[Any]) -> Work:
     weights = scene.program.num_parameters
-    t = float(p.config.tokens_for(weights, scene.tokens.calibration))
+    told = p.config.told(scene.program, scene.tokens.calibration)
+    t = float(p.config.tokens_for(weights, scene.tokens.calibration + told))
     # The dense program's way forward, and this one's, which costs twice as much backwards; its
     # weights are made of levels and scales at every step, and both move.
     runs = scene.forward(t) * 4 + (scene.routed(t) + scene.emulated(t)) * 2
     steps = t / p.config.batch
     made = Work(elements=20.0 * t * scene.vocabulary + 12.0 * steps * weights)
-    return runs + made + Work(updates=weights * steps)
+    return runs + made + Work(updates=weights * steps) + scene.told(told)
 
 
 def _orthogonal(dense: DenseFFN) -> float:

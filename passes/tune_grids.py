@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carve.arithmetic import as_emitted, grids_of, rounded
-from carve.calibration import Batch
+from carve.calibration import Batch, decoder_batches
 from carve.dialect import LinearRule, linear_rule
 from carve.end_to_end import divergence, in_order, in_parts, quarters, train
 from carve.grid import Grid
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
+from carve.retell import tokens_in, told_again
 
 _LEAST_STEPS = 8
 _INSIDE, _END = 0.49, 0.499
@@ -28,14 +29,16 @@ class TuneGridsConfig:
     """Settings of `TuneGrids`.
 
     ``tokens``: seen in all at the most, as many at 4 bits and more below (`tokens_at`).
-    ``rounds``: times that short text is repeated at the most. ``work``: multiply-accumulates at the
-    most, which leaves a large program fewer tokens; where they make fewer than 8 steps, nothing is
-    done. ``batch``: tokens a step. ``rate``: of Adam at 4 bits, relative to a scale.
-    ``level_rate``: of Adam, in levels. ``save_seconds``: time between states to go on from.
-    ``judge``: keep the pass only where the program's loss gets lower.
+    ``distinct``: of them, which the dense program tells by itself where there is less text
+    (`carve.retell`, decoders alone). ``rounds``: times that text is repeated at the most. ``work``:
+    multiply-accumulates at the most, which leaves a large program fewer tokens; where they make
+    fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam at 4 bits,
+    relative to a scale. ``level_rate``: of Adam, in levels. ``save_seconds``: time between states
+    to go on from. ``judge``: keep the pass only where the program's loss gets lower.
     """
 
     tokens: int = 196_608
+    distinct: int = 98_304
     rounds: int = 8
     work: float = 3e13
     batch: int = 2048
@@ -56,11 +59,18 @@ class TuneGridsConfig:
         """
         return min(self.tokens, self.rounds * distinct, int(self.work / (4 * parameters)))
 
+    def told(self, dense: Program, given: int) -> int:
+        """Distinct tokens to be told besides the given ones."""
+        wanted = min(self.distinct, self.tokens_for(dense.num_parameters, self.distinct))
+        enough = dense.kind != "decoder" or given >= 0.75 * wanted
+        return 0 if enough or wanted < _LEAST_STEPS * self.batch else wanted - given
+
 
 @dataclass(frozen=True)
 class TuneGridsMetrics:
-    """``loss``: training loss over quarters of the steps; ``tokens``: seen; ``scales``: trained.
+    """``loss``: training loss over quarters of the steps; ``tokens``: seen.
 
+    ``told``: distinct ones that the dense program made; ``scales``: trained.
     ``moved``: root mean square of what they changed by, relative to themselves; ``changed``: share
     of the levels that are others; ``before`` and ``after``: the program's loss on calibration text
     that is not trained on, None where nothing judges; ``kept``: whether the new grids were taken.
@@ -68,6 +78,7 @@ class TuneGridsMetrics:
 
     loss: list[float]
     tokens: int
+    told: int
     scales: int
     moved: float
     changed: float
@@ -265,14 +276,18 @@ class TuneGrids(Pass[TuneGridsConfig]):
         c = self.config
         dense = context.dense
         assert dense is not None
-        parts = in_parts(context.stream or context.batches, c.batch)
-        tokens = c.tokens_for(dense.num_parameters, sum(b.tokens for b in parts))
+        batches = [*(context.stream or context.batches)]
+        told = c.told(dense, tokens_in(batches))
+        if told:
+            batches += self._told(dense, batches, told, context)
+        parts = in_parts(batches, c.batch)
+        tokens = c.tokens_for(dense.num_parameters, tokens_in(parts))
         plan = in_order(parts, tokens, context.generator(self.name))
         grids = Grids(program)
         count = sum(log.numel() for log in grids.logs)
         if len(plan) < _LEAST_STEPS:
             _forget(program)
-            return TuneGridsMetrics([], 0, count, 0.0, 0.0, None, None, kept=False)
+            return TuneGridsMetrics([], 0, told, count, 0.0, 0.0, None, None, kept=False)
         losses = self._train(program, dense, grids, plan, context)
         before = after = None
         kept = True
@@ -286,10 +301,28 @@ class TuneGrids(Pass[TuneGridsConfig]):
             grids.write(program)
         else:
             _forget(program)
-        seen = sum(b.tokens for b in plan)
         return TuneGridsMetrics(
-            quarters(losses), seen, count, moved, changed, before, after, kept=kept
+            quarters(losses),
+            tokens_in(plan),
+            told,
+            count,
+            moved,
+            changed,
+            before,
+            after,
+            kept=kept,
         )
+
+    def _told(
+        self, dense: Program, batches: Sequence[Batch], tokens: int, context: Context
+    ) -> list[Batch]:
+        def tell() -> Tensor:
+            label, generator = f"{self.name}: text told again", context.generator("told")
+            return told_again(
+                dense, batches, tokens, generator, lambda rows: context.progress(rows, label)
+            )
+
+        return decoder_batches(dense, context.partial.once("told", tell), 8)
 
     def _train(
         self,

@@ -24,6 +24,7 @@ from carve.passes import Quantize, QuantizeConfig, TuneGrids, TuneGridsConfig
 from carve.passes.tune_grids import Grids
 from carve.program import Program
 from carve.quantizer import rest_of
+from carve.retell import tokens_in
 from carve.state import PassStates
 from carve.state_folder import Course
 
@@ -52,7 +53,9 @@ def four(routed: Routed) -> Program:
 
 
 def tune(routed: Routed, program: Program, **settings: Any) -> dict[str, Any]:
-    tuned = TuneGrids(TuneGridsConfig(**{"tokens": 20_000, "batch": 512, **settings}))
+    tuned = TuneGrids(
+        TuneGridsConfig(**{"tokens": 20_000, "distinct": 0, "batch": 512, **settings})
+    )
     (result,) = routed.run(program, tuned, dense=routed.dense, bits=4)
     return dict(result.metrics)
 
@@ -199,6 +202,17 @@ def test_a_large_program_gets_fewer_tokens(routed: Routed, four: Program) -> Non
     metrics = tune(routed, four.copy(), work=4.0 * 512 * 7 * routed.dense.num_parameters)
     assert metrics["tokens"] == 0
     assert not metrics["kept"]
+
+
+def test_short_text_is_gone_on_with(routed: Routed, four: Program) -> None:
+    given = tokens_in(routed.batches)
+    metrics = tune(routed, four.copy(), tokens=9_000, distinct=given + 1_000)
+    assert metrics["told"] == 0  # that little more is not worth it
+    metrics = tune(routed, four.copy(), tokens=9_000, distinct=given + 2_500)
+    assert metrics["told"] == 2_500
+    assert 8_500 < metrics["tokens"] <= 9_000
+    large = TuneGridsConfig(work=4.0 * 2048 * 7 * routed.dense.num_parameters)
+    assert large.told(routed.dense, given) == 0
 
 
 def test_it_goes_on_where_it_was_killed(routed: Routed, four: Program, tmp_path: Path) -> None:
