@@ -142,11 +142,10 @@ def _trained(scene: Scene, step: int) -> float:
     """Bytes that `carve.passes.TuneGrids` keeps for its way back, at ``step`` tokens a step.
 
     Of the weights the levels and what is made of them on the way, their gradient and Adam's two
-    moments. Of a token in a block: what norms, attention and the shared
-    expert read and write; of each of its experts the row that it reads, as it was and rounded for
-    gate and up, and the one that it writes; and hidden activations. Of the logits the dense ones,
-    these and their gradient. An encoder's largest batch is no usual one, and its attention keeps
-    every pair's score.
+    moments. Of a token in a block: what norms, attention and the shared expert read and write; of
+    each of its experts the row that it reads, as it was and rounded for gate and up, and the one
+    that it writes; and hidden activations. Of the logits the dense ones, these and their gradient.
+    An encoder's largest batch is no usual one, and its attention keeps every pair's score.
     """
     kept, tokens = 3.0 * scene.vocabulary, float(min(step, scene.usual))
     if scene.program.kind == "encoder":
@@ -164,7 +163,7 @@ def _trained(scene: Scene, step: int) -> float:
 def _working(scene: Scene, names: Sequence[str], step: int) -> float:
     """Most bytes that passes hold at once, beside the weights that are there when they begin.
 
-    ``step``: see `_trained`; 0 where nothing trains scales.
+    ``step``: see `_trained`; 0 where nothing trains grids.
     """
     carved, linears = _stored(scene)
     t = scene.layerwise

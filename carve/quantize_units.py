@@ -12,7 +12,7 @@ from torch import Tensor
 from carve.arithmetic import rounded
 from carve.ffn import RoutedFFN
 from carve.grid import Grid
-from carve.rounding import Rounded, Rounding, joined, round_matrices
+from carve.rounding import Rounded, Rounding, joined, round_matrices, round_matrix
 from carve.sites import Linear
 from carve.statistics import (
     add_gram,
@@ -97,8 +97,7 @@ def round_linear(
         if importance is not None:
             gram, held = (_gram(x, importance, i) for i in parts)
             gram = gram + held
-        some = round_matrices(wanted[rows][None], gram[None], held[None], widths, how, [len(x)])
-        found += some.matrices()
+        found.append(round_matrix(wanted[rows], gram, held, widths, how, len(x)))
         order.append(rows)
     new = joined(found, torch.cat(order))
     bias = unit.bias
@@ -238,20 +237,14 @@ def _round_in(
         return up.float() if gate is None else torch.cat((gate.float(), up.float()))
 
     total = float(weight.sum())
+    names = ("up",) if r.expert_gate is None else ("gate", "up")
     if r.shared_up is not None:
         w = corrected(pair(r.shared_gate, r.shared_up), gram, cross)
-        (new,) = round_matrices(
-            w[None],
-            gram[None],
-            every[1][0][None],
-            _widths(shared_bits, w.shape[1], how),
-            how,
-            [total],
-        ).matrices()
-        names = ["shared_up"] if r.shared_gate is None else ["shared_gate", "shared_up"]
+        widths = _widths(shared_bits, w.shape[1], how)
+        new = round_matrix(w, gram, every[1][0], widths, how, total)
         for name, one in zip(names, new.chunks(len(names)), strict=True):
-            changes[name] = one.weight.to(r.shared_up.dtype)
-            grids[name] = one.grid(shared_bits, how.block)
+            changes[f"shared_{name}"] = one.weight.to(r.shared_up.dtype)
+            grids[f"shared_{name}"] = one.grid(shared_bits, how.block)
     pseudo = how.prior * x.shape[1]
 
     def lesson_of(e: int) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -283,11 +276,12 @@ def _round_in(
             widths = _widths(bits, w.shape[2], how)
             each = round_matrices(w, own, own_held, widths, how, seen).matrices()
             found.update(zip(some, each, strict=True))
-    names = ["expert_up"] if r.expert_gate is None else ["expert_gate", "expert_up"]
     by_expert = [found[e].chunks(len(names)) for e in range(r.num_experts)]
     for name, stack in zip(names, zip(*by_expert, strict=True), strict=True):
-        changes[name] = torch.stack([p.weight for p in stack]).to(r.expert_up.dtype)
-        grids[name] = tuple(p.grid(b, how.block) for b, p in zip(expert_bits, stack, strict=True))
+        changes[f"expert_{name}"] = torch.stack([p.weight for p in stack]).to(r.expert_up.dtype)
+        grids[f"expert_{name}"] = tuple(
+            p.grid(b, how.block) for b, p in zip(expert_bits, stack, strict=True)
+        )
     return replace(r, grids=grids, **changes)
 
 
@@ -338,14 +332,7 @@ def _round_down(
             *(_widths(b, r.expert_size, how) for b in expert_bits),
         )
     )
-    (new,) = round_matrices(
-        start[:n].T.contiguous()[None],
-        gram[None, :n, :n],
-        grams[1][None, :n, :n],
-        bits,
-        how,
-        [len(x)],
-    ).matrices()
+    new = round_matrix(start[:n].T.contiguous(), gram[:n, :n], grams[1][:n, :n], bits, how, len(x))
     matrix = torch.cat((new.weight.T, start[n:]))
     if how.correct:
         # The biases take what is left of the mean, by expert.

@@ -28,14 +28,13 @@ def tokens_in(batches: Sequence[Batch]) -> int:
 
 
 def missing(program: Program, batches: Sequence[Batch], asked: int) -> int:
-    """Tokens to tell: up to what was asked for, and no more than `ENOUGH`; of decoders alone.
+    """Tokens to tell: up to what was asked for, and no more than `ENOUGH`, see `lacking`."""
+    return lacking(program, tokens_in(batches), min(asked, ENOUGH))
 
-    Nothing is told where three quarters are there.
-    """
-    if program.kind != "decoder":
-        return 0
-    wanted, have = min(asked, ENOUGH), tokens_in(batches)
-    return 0 if have >= 0.75 * wanted else wanted - have
+
+def lacking(program: Program, have: int, wanted: int) -> int:
+    """Tokens to tell, of decoders alone; none where three quarters are there."""
+    return 0 if program.kind != "decoder" or have >= 0.75 * wanted else wanted - have
 
 
 def judged_on(batches: Sequence[Batch], asked: int) -> int:

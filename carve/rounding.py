@@ -108,3 +108,11 @@ def round_matrices(
         new = torch.where(worse[:, None, None], plain, new)
         scale = torch.where(worse[:, None, None], plain_scale, scale)
     return Rounded(new, scale, rest_of(weight, new, scale, how.block) if how.rest else None)
+
+
+def round_matrix(
+    weight: Tensor, gram: Tensor, held: Tensor, bits: Tensor, how: Rounding, tokens: float
+) -> Rounded:
+    """`round_matrices` of one, ``[N, K]``."""
+    (found,) = round_matrices(weight[None], gram[None], held[None], bits, how, [tokens]).matrices()
+    return found

@@ -13,6 +13,7 @@ from carve.dialect import select
 from carve.end_to_end import divergence, in_order, in_parts, quarters, train
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
+from carve.retell import tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision
 
 
@@ -103,8 +104,8 @@ class Finetune(Pass[FinetuneConfig]):
                 site.tuned = True
 
         kept = unless_worse(program, context if c.judge else None, rewrite)
-        seen = sum(b.tokens for b in plan)
-        distinct = min(sum(b.tokens for b in batches), seen)
+        seen = tokens_in(plan)
+        distinct = min(tokens_in(batches), seen)
         return FinetuneMetrics(quarters(losses), seen, distinct, kept)
 
     def _loss(self, program: Program, models: dict[str, MaskedFFN], batch: Batch) -> Tensor:

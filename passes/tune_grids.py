@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from carve.end_to_end import divergence, in_order, in_parts, quarters, train
 from carve.grid import Grid
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
-from carve.retell import tokens_in, told_again
+from carve.retell import lacking, tokens_in, told_again
 
 _LEAST_STEPS = 8
 _INSIDE, _END = 0.49, 0.499
@@ -62,8 +62,7 @@ class TuneGridsConfig:
     def told(self, dense: Program, given: int) -> int:
         """Distinct tokens to be told besides the given ones."""
         wanted = min(self.distinct, self.tokens_for(dense.num_parameters, self.distinct))
-        enough = dense.kind != "decoder" or given >= 0.75 * wanted
-        return 0 if enough or wanted < _LEAST_STEPS * self.batch else wanted - given
+        return 0 if wanted < _LEAST_STEPS * self.batch else lacking(dense, given, wanted)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Grids(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._of: dict[int, tuple[Grid, nn.Parameter, nn.Parameter | None]] = {}
+        self._of: dict[int, tuple[Grid, nn.Parameter, Tensor]] = {}
         self._kept: list[Tensor] = []  # what is known by its address has to stay there
         for linear in program.linears:
             if linear.grid is not None:
@@ -107,14 +106,15 @@ class Grids(nn.Module):
             for _, weight, grid in site.routed.on_grids() if site.routed is not None else ():
                 self._add(weight, grid)
         self.logs = nn.ParameterList(log for _, log, _ in self._of.values())
-        self.places = nn.ParameterList(p for *_, p in self._of.values() if p is not None)
+        places = (p for *_, p in self._of.values() if isinstance(p, nn.Parameter))
+        self.places = nn.ParameterList(places)
 
     def _add(self, weight: Tensor, grid: Grid) -> None:
         if weight.data_ptr() not in self._of:
             log = nn.Parameter(torch.zeros_like(grid.scale))
-            place = None
+            place = grid.levels(weight).float()
             if grid.rest is not None:
-                place = nn.Parameter(grid.levels(weight) + grid.rest * (_INSIDE / 127))
+                place = nn.Parameter(place + grid.rest * (_INSIDE / 127))
             self._of[weight.data_ptr()] = (grid, log, place)
             self._kept.append(weight)
 
@@ -151,8 +151,7 @@ class Grids(nn.Module):
             if last is None or last[0] is not x or last[1] != grid.block:
                 seen: Tensor = _Rounded.apply(x.float(), grid.block)  # type: ignore[no-untyped-call]
                 last = x, grid.block, seen
-            start = weight.float() if place is None else place
-            made: Tensor = _Made.apply(start, log, grid, place is None)  # type: ignore[no-untyped-call]
+            made: Tensor = _Made.apply(place, log, grid)  # type: ignore[no-untyped-call]
             return F.linear(last[2], made)
 
         return apply
@@ -161,26 +160,17 @@ class Grids(nn.Module):
     def bound(self) -> None:
         """Hold places to where the lowest level begins and the highest one ends."""
         for grid, _, place in self._of.values():
-            if place is not None:
-                place.clamp_(-_END, 2 * grid.zero - 1 + _END)
+            place.clamp_(-_END, 2 * grid.zero - 1 + _END)
 
     @torch.no_grad()
     def write(self, program: Program) -> None:
         """Give the program, or a copy of it, its weights with scales and levels as they are now."""
-        for linear in list(program.linears):
-            if linear.grid is not None:
-                weight, grid = self._trained(linear.weight, linear.grid)
-                program.set_linear(linear, weight, linear.bias, grid)
-        for site in program.carved:
-            if site.routed is not None and site.routed.grids:
-                program.set_routed(site, site.routed.regridded(self._trained))
-                site.tuned = True
+        _regrid(program, self._trained)
 
     def _trained(self, weight: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         _, log, place = self._of[weight.data_ptr()]
         new = Grid(grid.bits, grid.scale * log.exp(), grid.block)
-        levels = grid.levels(weight) if place is None else place.round()
-        return new.values(levels).to(weight.dtype), new
+        return new.values(place.round()).to(weight.dtype), new
 
     @property
     def moved(self) -> float:
@@ -196,8 +186,7 @@ class Grids(nn.Module):
             for weight in self._kept:
                 grid, _, place = self._of[weight.data_ptr()]
                 count += weight.numel()
-                if place is not None:
-                    other += int((place.round() != grid.levels(weight)).sum())
+                other += int((place.round() != grid.levels(weight)).sum())
         return other / max(1, count)
 
 
@@ -214,35 +203,29 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Made(torch.autograd.Function):
-    """Weights of a grid whose scales are times ``exp(log)``.
+    """Weights ``(round(u) - zero) s exp(log)`` of places ``u``.
 
-    Of places ``u``: ``(round(u) - zero) s exp(log)``, with the gradient as if they were not
-    rounded; or of weights as they are, which get none. In one piece, for what elementwise operators
+    Their gradient is as if they were not rounded. In one piece, for what elementwise operators
     would read, write and keep for the way back is several times the weights.
     """
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, log: Tensor, grid: Grid, fixed: bool) -> Tensor:
-        factor = log.exp()
-        if fixed:
-            made = start.unflatten(-1, (-1, grid.block)) * factor[..., None]
-        else:
-            factor *= grid.scale
-            made = start.round().sub_(grid.zero).unflatten(-1, (-1, grid.block))
-            made *= factor[..., None]
-        ctx.save_for_backward(made, factor)
-        ctx.fixed = fixed
+    def forward(ctx: Any, place: Tensor, log: Tensor, grid: Grid) -> Tensor:
+        scale = grid.scale * log.exp()
+        made = place.round().sub_(grid.zero).unflatten(-1, (-1, grid.block))
+        made *= scale[..., None]
+        ctx.save_for_backward(made, scale)
         flat: Tensor = made.flatten(-2)
         return flat
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        made, factor = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        made, scale = ctx.saved_tensors
         gradient = grads[0].view_as(made)
-        by_log = (gradient * made).sum(-1)
-        if ctx.fixed:
-            return None, by_log, None, None
-        return (gradient * factor[..., None]).flatten(-2), by_log, None, None
+        by_place = None
+        if ctx.needs_input_grad[0]:
+            by_place = (gradient * scale[..., None]).flatten(-2)
+        return by_place, (gradient * made).sum(-1), None
 
 
 class TuneGrids(Pass[TuneGridsConfig]):
@@ -272,7 +255,7 @@ class TuneGrids(Pass[TuneGridsConfig]):
             raise ContractError("contract", f"{self.name} needs the dense program")
 
     def call(self, program: Program, context: Context) -> TuneGridsMetrics:
-        """Train, and take the new scales where they are better."""
+        """Train, and take the new grids where they are better."""
         c = self.config
         dense = context.dense
         assert dense is not None
@@ -359,17 +342,22 @@ class TuneGrids(Pass[TuneGridsConfig]):
         )
 
 
+def _regrid(program: Program, change: Callable[[Tensor, Grid], tuple[Tensor, Grid]]) -> None:
+    """Give every product what ``change`` makes of its weight and grid."""
+    for linear in list(program.linears):
+        if linear.grid is not None:
+            weight, grid = change(linear.weight, linear.grid)
+            program.set_linear(linear, weight, linear.bias, grid)
+    for site in program.carved:
+        if site.routed is not None and site.routed.grids:
+            program.set_routed(site, site.routed.regridded(change))
+            site.tuned = True
+
+
 def _forget(program: Program) -> None:
     """Drop what nobody needs any more: where weights lay before they were rounded."""
-    for linear in list(program.linears):
-        if linear.grid is not None and linear.grid.rest is not None:
-            grid = replace(linear.grid, rest=None)
-            program.set_linear(linear, linear.weight, linear.bias, grid)
-    for site in program.carved:
-        if site.routed is not None and any(g.rest is not None for *_, g in site.routed.on_grids()):
-            plain = site.routed.regridded(lambda w, g: (w, replace(g, rest=None)))
-            program.set_routed(site, plain)
-            site.tuned = True
+    if any(g.rest is not None for g in grids_of(program)):
+        _regrid(program, lambda w, g: (w, replace(g, rest=None)))
 
 
 def _loss_as_emitted(program: Program, context: Context) -> float:
