@@ -91,11 +91,11 @@ class QuantizeMetrics:
     ``bits`` of each linear and shared expert; ``error``: relative squared error of each unit's
     result; by routed FFN: ``experts``; ``agreement``: share of tokens whose set of experts is the
     one before quantization, ``agreement_clean`` with the router given the inputs as they were;
-    ``jaccard``: mean overlap of the sets; ``margin``: median distance of a flipped score from
-    where it decides, over the scores' own spread; ``realigned``: whether the router was fitted
-    again; ``alignment``: agreement with the router as it was (``former``), after ``ridge`` and
-    after ``kl``, where they were tried. ``effective_bits``: size of levels and scales over the
-    number of weights.
+    ``jaccard``: mean overlap of the sets; ``margin``: median distance of a flipped score from where
+    it decides, over the scores' own spread, ``margin_clean`` the same for the inputs as they were;
+    ``realigned``: whether the router was fitted again; ``alignment``: agreement with the router as
+    it was (``former``), after ``ridge`` and after ``kl``, where they were tried.
+    ``effective_bits``: size of levels and scales over the number of weights.
     """
 
     bits: dict[str, int] = field(default_factory=dict)
@@ -105,6 +105,7 @@ class QuantizeMetrics:
     agreement_clean: dict[str, float] = field(default_factory=dict)
     jaccard: dict[str, float] = field(default_factory=dict)
     margin: dict[str, float] = field(default_factory=dict)
+    margin_clean: dict[str, float] = field(default_factory=dict)
     realigned: dict[str, bool] = field(default_factory=dict)
     alignment: dict[str, dict[str, float]] = field(default_factory=dict)
     effective_bits: list[float] = field(default_factory=list)
@@ -266,7 +267,9 @@ class Quantize(Pass[QuantizeConfig]):
         either = (got | want).sum(1)
         shared = torch.where(either > 0, (got & want).sum(1) / either.clamp_min(1), 1.0)
         found["agreement"] = agreement(got, want)
-        found["agreement_clean"] = agreement(new.chosen(former), want)
+        clean = new.chosen(former)
+        found["agreement_clean"] = agreement(clean, want)
+        found["margin_clean"] = _margin(before, former, clean ^ want)
         found["jaccard"] = float(shared.mean())
         found["margin"] = _margin(before, former, got ^ want)
         found["experts"] = _record(routed, new, lesson.x, new.chosen(lesson.x), how, widths.experts)

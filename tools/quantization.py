@@ -8,9 +8,11 @@ Usage::
 The model is carved once for every seed (another calibration sample each), then quantized by every
 method from that same state, calibrated on the same text and run in the emulated arithmetic of
 onnxruntime on the same held-out text. ``loss`` is the increase of log-perplexity over the routed
-model before quantization (1 - cosine for an encoder), ``kl`` the divergence from it, ``to dense``
-that from the dense model (1 - cosine), ``same experts`` the share of held-out calibration tokens
-with the former set of experts (the layers' median). Medians over the seeds, with their range; then
+model before quantization (of 1 - cosine to the dense model for an encoder), ``kl`` the divergence
+from the routed model (1 - cosine to it), ``to dense`` that from the dense model, ``same experts``
+the share of held-out calibration tokens with the former set of experts (the layers' median),
+``clean`` the same with the inputs as they were, and ``margin`` how far a score that flipped there
+was from where it decides, over the scores' spread. Medians over the seeds, with their range; then
 the loss of few calibration tokens over that of all, seed by seed.
 """
 
@@ -108,6 +110,7 @@ class Carved:
         PassManager([*split_passes("measured"), *names])(program, context)
         self.routed = {s.name: s.routed for s in program.carved}
         self.evaluator = Evaluator(program, bench.held)
+        self.to_dense = bench.evaluator.loss(program)
         self.rounded: tuple[Setting, Program, dict[str, Any], float] | None = None
 
     def program(self) -> Program:
@@ -157,15 +160,19 @@ class Carved:
         loss = (
             math.log(found["perplexity"] / found["dense_perplexity"])
             if "perplexity" in found
-            else 1.0 - found["cosine_mean"]
+            else to_dense - self.to_dense
         )
-        agreement = list(metrics["agreement"].values())
+        middle = {
+            n: statistics.median(metrics[n].values())
+            for n in ("agreement", "agreement_clean", "margin_clean")
+        }
         return {
             "loss": loss,
-            "kl": found.get("kl", loss),
+            "kl": found["kl"] if "kl" in found else 1.0 - found["cosine_mean"],
             "to dense": to_dense,
-            "same experts": statistics.median(agreement),
-            "same experts, clean": statistics.median(metrics["agreement_clean"].values()),
+            "same experts": middle["agreement"],
+            "clean": middle["agreement_clean"],
+            "margin": middle["margin_clean"],
             "bits": metrics["effective_bits"][0],
             "seconds": seconds,
         }
@@ -173,7 +180,7 @@ class Carved:
 
 def summary(done: list[dict[str, Any]]) -> str:
     """Medians over the seeds; of the loss the range as well."""
-    names = ["loss", "kl", "to dense", "same experts", "same experts, clean", "bits", "seconds"]
+    names = ["loss", "kl", "to dense", "same experts", "clean", "margin", "bits", "seconds"]
     rows = [["method", *names]]
     for method in dict.fromkeys(d["method"] for d in done):
         runs = [d for d in done if d["method"] == method]
