@@ -229,7 +229,7 @@ def chosen_ffn(
         if rows.numel() == 0:
             continue
         h = hidden(
-            flat[rows],
+            flat.index_select(0, rows),  # for indexing has a slower gradient
             None if expert_gate is None else expert_gate[e],
             None if expert_gate_bias is None else expert_gate_bias[e],
             expert_up[e],

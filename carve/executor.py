@@ -120,6 +120,10 @@ class Executor(fx.Interpreter):
         if n.target is torch.ops.aten.linear.default:
             args, _ = self.fetch_args_kwargs_from_env(n)
             return dialect.linear(*args)
+        if n.target is torch.ops.carve.attention.default:
+            # The operator's gradient computes it once more, which a program in one piece needs not.
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return dialect.attention(*args, **kwargs)
         if n.target is torch.ops.carve.gated.default and not self.gates:
             return self.env[n.args[0]]  # type: ignore[index]
         result: Any = super().run_node(n)

@@ -37,7 +37,7 @@ class TuneGridsConfig:
     to go on from. ``judge``: keep the pass only where the program's loss gets lower.
     """
 
-    tokens: int = 196_608
+    tokens: int = 131_072
     distinct: int = 98_304
     rounds: int = 8
     work: float = 3e13
@@ -49,8 +49,8 @@ class TuneGridsConfig:
 
     @classmethod
     def tokens_at(cls, bits: float) -> int:
-        """Tokens at so many bits a weight: twice as many for each bit less than 4."""
-        return round(cls.tokens * 2 ** max(0.0, 4.0 - bits))
+        """Tokens at so many bits a weight: three times as many for each bit less than 4."""
+        return round(cls.tokens * 3 ** max(0.0, 4.0 - bits))
 
     def tokens_for(self, parameters: int, distinct: int) -> int:
         """Tokens for so many parameters, each in two products forward and two backward.

@@ -173,12 +173,12 @@ def _realigned(alignment: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _split_loss(passes: list[dict[str, Any]]) -> str:
-    """The loss of carving, of quantizing and of tuning scales, from the figures in between."""
+    """The loss of carving, of quantizing and of training grids, from the figures in between."""
     at = next(i for i, p in enumerate(passes) if p["name"] == "quantize")
     before = next((p["quality"] for p in reversed(passes[:at]) if p["quality"]), None)
     after = passes[at]["quality"] or {}
     tuned = next((p["quality"] for p in passes[at:] if p["name"] == "tune_grids"), None)
-    named = [("carving", before), ("quantizing", after), ("tuning scales", tuned)]
+    named = [("carving", before), ("quantizing", after), ("training grids", tuned)]
     last = tuned or after
     if "perplexity" in last:
         name, former = "log-perplexity", math.log(last["dense_perplexity"])

@@ -139,7 +139,7 @@ def test_there_are_three() -> None:
 @pytest.mark.parametrize(
     "config, rest, tokens",
     [
-        (ConvertConfig(budget=0.6), True, 196_608),
+        (ConvertConfig(budget=0.6), True, 131_072),
         (ConvertConfig(budget=0.6, bits=3), True, 393_216),
         (ConvertConfig(budget=0.6, effort="none"), False, None),
         (ConvertConfig(budget=0.6, bits=8), False, None),

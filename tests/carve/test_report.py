@@ -281,7 +281,7 @@ def test_the_loss_is_split_between_carving_quantizing_and_tuning() -> None:
     passes.insert(at + 1, {**passes[at], "name": "tune_grids", "metrics": {}, "quality": quality})
     tuned = math.log(1.1)
     line = line.replace(f"{rounded:+.4f}:", f"{tuned:+.4f}:").replace("; KL", "")
-    line += f", {tuned - rounded:+.4f} by tuning scales; KL 0.1000, 0.1034 before quantizing"
+    line += f", {tuned - rounded:+.4f} by training grids; KL 0.1000, 0.1034 before quantizing"
     assert f"log-perplexity {line}" in text(report)
     # An encoder whose weights alone were rounded.
     for p in passes:

@@ -198,7 +198,7 @@ def test_a_large_program_gets_fewer_tokens(routed: Routed, four: Program) -> Non
     assert config.tokens_for(1_000, 10_000) == 1_000
     assert config.tokens_for(10_000, 10_000) == 200
     assert config.tokens_for(1_000, 100) == 800
-    assert [TuneGridsConfig.tokens_at(b) for b in (8, 4, 3)] == [196_608, 196_608, 393_216]
+    assert [TuneGridsConfig.tokens_at(b) for b in (8, 4, 3)] == [131_072, 131_072, 393_216]
     metrics = tune(routed, four.copy(), work=4.0 * 512 * 7 * routed.dense.num_parameters)
     assert metrics["tokens"] == 0
     assert not metrics["kept"]
