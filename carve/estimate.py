@@ -113,7 +113,10 @@ def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
 
 
 def _state(scene: Scene, names: Sequence[str]) -> float:
-    """Bytes of the states of all passes: each stores what it changed."""
+    """Most bytes of the states of all passes: each stores what it changed.
+
+    Training keeps weights and two moments, and the former ones until new ones are written.
+    """
     carved, linears = _stored(scene)
     down = sum(s.dense.down.nbytes for s, _ in scene.carved)
     biases = sum(4 * (s.num_experts + 1) * f.dense.down.shape[0] for f, s in scene.carved)
@@ -130,12 +133,17 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
         "compensate": biases,
         "refit": down + biases,
         "distill": carved + biases,
-        "finetune": carved + biases + 12.0 * ffns,
+        "finetune": carved + biases,
         "smooth": carved + linears,
         "quantize": rounded + (ffns + others if "tune_grids" in names else 0.0),
-        "tune_grids": rounded + 12.0 * (ffns + others),
+        "tune_grids": rounded,
     }
-    return sum(each.get(n, 0.0) for n in names)
+    training = {"finetune": 24.0 * ffns, "tune_grids": 24.0 * (ffns + others)}
+    stored = most = 0.0
+    for n in names:
+        most = max(most, stored + training.get(n, 0.0))
+        stored += each.get(n, 0.0)
+    return max(most, stored)
 
 
 def _trained(scene: Scene, step: int) -> float:
@@ -175,7 +183,7 @@ def _working(scene: Scene, names: Sequence[str], step: int) -> float:
     logits += 2.0 * scene.tokens.judge * scene.vocabulary
     # Streams, inputs and queries of both copies, and one site's lesson.
     walked = 4.0 * t * d * (2 * 4 + 4)
-    fitted = 8.0 * (m + 33) ** 2 * 3 + 4.0 * 4096 * m * 6
+    fitted = 4.0 * (m + 33) ** 2 * 4 + 4.0 * 4096 * m * 6
     batch = 4.0 * scene.usual * (3 * scene.vocabulary + 6 * m)
     if "quantize" in names:
         tq = min(t, 24_576)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from carve_runtime.heap import trim_heap
 from torch import Tensor
 
 from carve.arithmetic import rounded
@@ -77,26 +79,21 @@ def round_linear(
     if unit.bias is not None:
         target = target - unit.bias.float()
     parts = folds(len(x))
-    by_fold = [_moments(x, target, lesson.weight, i) for i in parts]
+    grams, rights = zip(*(_moments(x, target, lesson.weight, i) for i in parts), strict=True)
     start = unit.weight.float().T
     if how.correct:
-        held = parts[1]
-        fit = pulled_ridge(
-            [m[0] for m in by_fold],
-            [m[1] for m in by_fold],
-            start,
-            _STRENGTHS,
-            lambda view: _size(view, target, lesson.weight, held),
-        )
-        start = fit.solution
+        size = partial(_size, y=target, weight=lesson.weight, index=parts[1])
+        start = pulled_ridge(grams, rights, start, _STRENGTHS, size).solution
+    else:
+        grams[0].add_(grams[1])
     wanted, widths = start.T.contiguous(), _widths(bits, start.shape[0], how)
     found: list[Rounded] = []
     order: list[Tensor] = []
     for rows, importance in _row_groups(lesson, how, is_head):
-        gram, held = by_fold[0][0] + by_fold[1][0], by_fold[1][0]
+        gram, held = grams
         if importance is not None:
             gram, held = (_gram(x, importance, i) for i in parts)
-            gram = gram + held
+            gram += held
         found.append(round_matrix(wanted[rows], gram, held, widths, how, len(x)))
         order.append(rows)
     new = joined(found, torch.cat(order))
@@ -203,6 +200,7 @@ def round_ffn(
     x, former, weight = rounded(lesson.x, how.block), lesson.reference, lesson.weight
     chosen = routed.chosen(lesson.x)
     routed = _round_in(routed, x, former, weight, chosen, shared_bits, expert_bits, how)
+    trim_heap()
     return _round_down(routed, x, lesson.target, weight, chosen, shared_bits, expert_bits, how)
 
 
@@ -273,6 +271,7 @@ def _round_in(
             some = same[first : first + side_by_side]
             *matrices, seen = zip(*map(lesson_of, some), strict=True)
             w, own, own_held = map(torch.stack, matrices)
+            del matrices  # or they stand beside their stacks
             widths = _widths(bits, w.shape[2], how)
             each = round_matrices(w, own, own_held, widths, how, seen).matrices()
             found.update(zip(some, each, strict=True))
@@ -290,6 +289,28 @@ def _at_most(index: Tensor, count: float) -> Tensor:
     return index if count >= len(index) else index[: int(count)]
 
 
+def _down_moments(
+    r: RoutedFFN,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    chosen: Tensor,
+    parts: Sequence[Tensor],
+    how: Rounding,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`moments` of what the down-projections see and of the target, over each of ``parts``."""
+    merged = r.merged()
+
+    def features(rows: Tensor) -> Tensor:
+        h = rounded(merged.hidden(x[rows]).float(), how.block)
+        return down_features(h, chosen[rows], r)
+
+    width = r.intermediate_size + r.num_experts + 1
+    chunks = [torch.split(index, _WIDE_CHUNK) for index in parts]
+    grams, rights = zip(*(moments(features, target, weight, c, width) for c in chunks), strict=True)
+    return [*grams], [*rights]
+
+
 def _round_down(
     r: RoutedFFN,
     x: Tensor,
@@ -301,38 +322,24 @@ def _round_down(
     how: Rounding,
 ) -> RoutedFFN:
     parts = folds(len(x))
-    merged = r.merged()
     start = down_matrix(r)
     n = len(start) - r.num_experts - 1
-    grams, rights = [], []
-
-    def features(rows: Tensor) -> Tensor:
-        h = rounded(merged.hidden(x[rows]).float(), how.block)
-        return down_features(h, chosen[rows], r)
-
-    for index in parts:
-        chunks = torch.split(index, _WIDE_CHUNK)
-        gram, right = moments(features, target, weight, chunks, len(start))
-        grams.append(gram)
-        rights.append(right)
+    grams, rights = _down_moments(r, x, target, weight, chosen, parts, how)
+    trim_heap()
     if how.correct:
-        held = parts[1]
-        start = pulled_ridge(
-            grams,
-            rights,
-            start,
-            _STRENGTHS,
-            lambda view: _size(view, target, weight, held),
-        ).solution
-    # In place: the largest matrices that there are.
-    gram, right = grams[0].add_(grams[1]), rights[0].add_(rights[1])
+        size = partial(_size, y=target, weight=weight, index=parts[1])
+        start = pulled_ridge(grams, rights, start, _STRENGTHS, size).solution
+    else:
+        grams[0].add_(grams[1])
+    gram, held = grams
+    right = rights[0]  # by now the sum of both, where it is read
     bits = torch.cat(
         (
             _widths(shared_bits, r.shared_size, how),
             *(_widths(b, r.expert_size, how) for b in expert_bits),
         )
     )
-    new = round_matrix(start[:n].T.contiguous(), gram[:n, :n], grams[1][:n, :n], bits, how, len(x))
+    new = round_matrix(start[:n].T.contiguous(), gram[:n, :n], held[:n, :n], bits, how, len(x))
     matrix = torch.cat((new.weight.T, start[n:]))
     if how.correct:
         # The biases take what is left of the mean, by expert.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carve.factor import factored
 from carve.grid import BLOCK
 
 _GPTQ_PANEL, _DESCENT_PANEL = 64, 256
@@ -63,7 +64,7 @@ def solve(
     sign) of least squared error weighted by ``diag G``. GPTQ (arXiv 2210.17323) with the columns in
     order of falling ``diag G`` and the scales fixed before: ``W_j' = round(W_j)``, and
     ``(W_j - W_j') U_jk / U_jj`` is taken from every later column ``k`` (``U'U = G^-1``, ``U``
-    upper).
+    upper; here all is turned round, so that it is lower).
     Then coordinate descent (QuantEase, arXiv 2309.01885) from there, the scales with the levels:
     with ``R = (W - W') G``, a block's scale moves by ``(z R_b') / (z G_bb z')`` for its levels
     ``z``, and a weight to the level nearest ``w'_j + R_j / G_jj``. No step raises the loss.
@@ -154,27 +155,23 @@ def _scales_of(
     return best
 
 
-def _upper_root(gram: Tensor, order: Tensor) -> Tensor:
-    """``U`` upper with ``U'U = G^-1`` for ``G`` in some ``order``; damped until it can be factored.
+def _root(gram: Tensor, order: Tensor) -> Tensor:
+    """``M`` lower with ``M'M = G^-1`` for ``G`` in some ``order``; damped until it can be factored.
 
-    With the order turned round, ``L L' = G`` and ``U`` is ``L^-1``, both turned back: one
-    factorization and the inverse of a triangle.
+    ``L L' = G`` and ``M`` is ``L^-1``: one factorization and the inverse of a triangle, both in
+    place of one copy of ``G``.
     """
     each = torch.arange(len(gram))[:, None, None]
-    turned = order.flip(-1)
-    gram = gram[each, turned[:, :, None], turned[:, None]]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    mean, extra = diagonal.mean(-1, keepdim=True), 0.0
+    mean, extra = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True), 0.0
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if not failed.any():
-            del gram, diagonal
-            _invert_lower(factor)
-            root: Tensor = factor.flip(-1, -2)
-            return root
-        more = max(2 * extra, 1e-4)
-        diagonal += (more - extra) * mean
-        extra = more
+        ordered = gram[each, order[:, :, None], order[:, None]]
+        ordered.diagonal(dim1=-2, dim2=-1).add_(extra * mean)
+        lower, done = factored(ordered)
+        if done:
+            _invert_lower(lower)
+            return lower
+        del ordered, lower
+        extra = max(2 * extra, 1e-4)
 
 
 def _invert_lower(lower: Tensor) -> None:
@@ -193,27 +190,30 @@ def _invert_lower(lower: Tensor) -> None:
 
 
 def _gptq(weight: Tensor, scale: Tensor, top: Tensor, block: int, gram: Tensor) -> Tensor:
-    """Centred levels; columns in order of falling diagonal, each of them a row here."""
-    columns = weight.shape[-1]
-    order = gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
-    u = _upper_root(gram, order)
+    """Centred levels; columns in order of rising diagonal, from the last to the first.
+
+    Each of them is a row here.
+    """
+    order = gram.diagonal(dim1=-2, dim2=-1).argsort(-1)
+    root = _root(gram, order)
     pick = order[:, :, None].expand(weight.mT.shape)
     w = weight.mT.gather(1, pick)
     s = _divisor(scale).mT.gather(1, (order // block)[:, :, None].expand(weight.mT.shape))
     high = top[order // block]
     z = torch.empty_like(w)
-    for start in range(0, columns, _GPTQ_PANEL):
-        stop = min(start + _GPTQ_PANEL, columns)
+    for stop in range(weight.shape[-1], 0, -_GPTQ_PANEL):
+        start = max(0, stop - _GPTQ_PANEL)
         panel = w[:, start:stop]
         errors = torch.empty_like(panel)
-        for j, at in enumerate(range(start, stop)):
+        for at in reversed(range(start, stop)):
+            j = at - start
             column, step, most = panel[:, j], s[:, at], high[:, at, None]
             level = torch.div(column, step, out=z[:, at]).round_()
             torch.minimum(torch.maximum(level, -most), most - 1, out=level)
             error = errors[:, j]
-            torch.addcmul(column, level, step, value=-1, out=error).div_(u[:, at, at, None])
-            panel[:, j + 1 :].addcmul_(u[:, at, at + 1 : stop, None], error[:, None], value=-1)
-        w[:, stop:].baddbmm_(u[:, start:stop, stop:].mT, errors, alpha=-1)
+            torch.addcmul(column, level, step, value=-1, out=error).div_(root[:, at, at, None])
+            panel[:, :j].addcmul_(root[:, at, start:at, None], error[:, None], value=-1)
+        w[:, :start].baddbmm_(root[:, start:stop, :start].mT, errors, alpha=-1)
     return torch.empty_like(z).scatter_(1, pick, z).mT.contiguous()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from carve.factor import factored, solved
 from carve.ffn import RoutedFFN
 from carve.sites import FFNSite
 from carve.storable import storable
@@ -164,8 +165,9 @@ def pulled_ridge(
     expectation, and the solves for each strength cost a fraction.
 
     Args:
-        gram: ``X'X`` ``[K, K]`` of fitted and of held-out tokens, weighted.
-        right: ``X'Y`` ``[K, N]`` of both.
+        gram: ``X'X`` ``[K, K]`` of fitted and of held-out tokens, weighted; the first becomes the
+            sum of both.
+        right: ``X'Y`` ``[K, N]`` of both, as well.
         start: ``W0`` ``[K, N]``.
         strengths: tried.
         size: weighted ``|Y|^2`` of the held-out tokens, seen through the function it is given.
@@ -185,9 +187,11 @@ def pulled_ridge(
     before = held_out(start_seen)
     errors = {s: held_out(pulled_towards(start_seen, gram[0], fit_seen, s)) for s in strengths}
     best = min(errors, key=errors.__getitem__)
+    # In place: the largest matrices that there are.
+    every, sums = gram[0].add_(gram[1]), right[0].add_(right[1])
     if not errors[best] < before:
         return Pulled(start, before, before, 0.0)
-    solution = pulled_towards(start, gram[0] + gram[1], right[0] + right[1], best)
+    solution = pulled_towards(start, every, sums, best)
     return Pulled(solution, before, errors[best], best)
 
 
@@ -207,10 +211,10 @@ def pulled_towards(start: Tensor, gram: Tensor, right: Tensor, strength: float) 
         a.diagonal().add_(pull)
         return a
 
-    factor, failed = torch.linalg.cholesky_ex(pulled(torch.float32))
-    if failed:
-        factor, wanted = torch.linalg.cholesky(pulled(torch.float64)), wanted.double()
-    return start + torch.cholesky_solve(wanted, factor).float()
+    lower, done = factored(pulled(torch.float32))
+    if not done:
+        lower, wanted = torch.linalg.cholesky(pulled(torch.float64)), wanted.double()
+    return start + solved(lower, wanted).float()
 
 
 def refit_down(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carve.grid import BLOCK
-from carve.quantizer import GPTQ, RTN, Method, _upper_root, error_of, solve, values
+from carve.quantizer import GPTQ, RTN, Method, _root, error_of, solve, values
 
 
 def problem(seed: int, rows: int = 24, columns: int = 64, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -95,16 +95,16 @@ def test_zero_weights_and_singular_inputs() -> None:
 def test_root_of_the_inverse(seed: int, columns: int) -> None:
     gram = problem(seed, columns=columns, count=2)[1] + 0.1 * torch.eye(columns)
     order = gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
-    root = _upper_root(gram, order)
-    assert torch.equal(root, root.triu())
-    for u, g, o in zip(root.double(), gram.double(), order, strict=True):
-        back = u.T @ u @ g[o][:, o]
+    root = _root(gram, order)
+    assert torch.equal(root, root.tril())
+    for m, g, o in zip(root.double(), gram.double(), order, strict=True):
+        back = m.T @ m @ g[o][:, o]
         assert float((back - torch.eye(columns)).abs().max()) < 0.02
 
 
 def test_a_gram_matrix_without_an_inverse_is_damped() -> None:
     gram = torch.ones(1, 64, 64)
-    assert bool(_upper_root(gram, torch.arange(64)[None]).isfinite().all())
+    assert bool(_root(gram, torch.arange(64)[None]).isfinite().all())
 
 
 @settings(max_examples=10, deadline=None)
