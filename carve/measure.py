@@ -115,7 +115,9 @@ def dense_artifact(
     if not (path / "manifest.json").is_file():
         # How fast a weight is read does not depend on its value, so nothing is fitted.
         plain = {"quantize": {"method": "rtn"}}
-        config = ConvertConfig(budget=1.0, bits=bits, tokens=1, passes=plain, targets=(target,))
+        config = ConvertConfig(
+            budget=1.0, bits=bits, effort="none", tokens=1, passes=plain, targets=(target,)
+        )
         convert(source, path, config, progress=progress)
     return path
 

@@ -5,6 +5,7 @@ Usage::
     python tools/make_random.py big --tokenizer models/reference
     python tools/random_artifact.py big big4 --bits 4 --targets onnx-cpu,tvm:x86_64
     python tools/tvm_speed.py big4
+    python tools/speed.py big4
 
 Every FFN is split into slices (`baselines.random_split`), 14 of them shared and eight of the others
 chosen for each token: 22 of 44, half of the FFN, which is a budget of 0.6 for the 1.1B Llama shape.
@@ -78,10 +79,11 @@ def main() -> None:
             "schema": 1,
             "carve": "0",
             "kind": "decoder",
-            "source": {"id": "random"},
+            "source": {"id": "random", "path": str(args.checkpoint.resolve())},
             "model": model_facts(program, shared, args.checkpoint),
             "targets": targets,
         }
+        art.write_json(stage / art.REPORT, {})  # no pass ran
         art.write_json(stage / "manifest.json", {**manifest, "files": art.hashes(stage)})
         art.sync(stage)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -29,6 +29,8 @@ from carve.calibration import DATA, Batch, load_tokenizer
 from carve.config import target_names
 from carve.emit import onnx
 from carve.errors import UserError
+from carve.measure import dense_artifact
+from carve.passbase import silent
 
 
 class Done:
@@ -318,6 +320,16 @@ def test_bench(
         assert f"{answer['decode']['routed']:.1f}" in (done.path / "report.html").read_text()
     assert len(times) == 1
     assert call("bench", done.path, "--context", "1000", "--json") == 2
+
+
+def test_the_dense_side_of_a_bench_is_rounded_and_nothing_else(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    routed: Any = SimpleNamespace(manifest={"source": {"path": str(checkpoint)}}, bits=4)
+    made = Artifact.open(dense_artifact(routed, None, silent))
+    assert made.bits == 4
+    assert [p["name"] for p in made.report["passes"]] == ["quantize", "emit onnx-cpu"]
 
 
 def test_report(done: Done, capsys: Captured) -> None:
