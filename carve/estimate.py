@@ -6,7 +6,7 @@ sorts and solvers are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +69,16 @@ def seconds_of(
 
 
 def room_of(
-    scene: Scene, config: ConvertConfig, passes: Sequence[Pass[Any]], resident: float
+    scene: Scene,
+    config: ConvertConfig,
+    passes: Sequence[Pass[Any]],
+    resident: float,
+    seconds: Mapping[str, float] | None = None,
 ) -> Room:
-    """Memory and disk of a conversion whose process has ``resident`` bytes, weights among them."""
+    """Memory and disk of a conversion whose process has ``resident`` bytes, weights among them.
+
+    ``seconds``: of passes, where they are known (`seconds_of`).
+    """
     names = [p.name for p in passes]
     each = _outputs(scene, config)
     output = sum(each.values()) + scene.copied + _PAGE
@@ -79,7 +86,7 @@ def room_of(
     emission = 3.0 * max(each.values())
     step = next((p.config.batch for p in passes if p.name == "tune_grids"), 0)
     memory = resident + max(_working(scene, names, step), emission)
-    return Room(memory, output, _state(scene, names))
+    return Room(memory, output, _state(scene, passes, seconds or {}))
 
 
 def _stored(scene: Scene) -> tuple[float, float]:
@@ -112,11 +119,13 @@ def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
     }
 
 
-def _state(scene: Scene, names: Sequence[str]) -> float:
+def _state(scene: Scene, passes: Sequence[Pass[Any]], seconds: Mapping[str, float]) -> float:
     """Most bytes of the states of all passes: each stores what it changed.
 
-    Training keeps weights and two moments, and the former ones until new ones are written.
+    Training keeps weights and two moments, and the former ones until new ones are written; what
+    takes less than its ``save_seconds`` keeps none, and less than twice of them one.
     """
+    names = [p.name for p in passes]
     carved, linears = _stored(scene)
     down = sum(s.dense.down.nbytes for s, _ in scene.carved)
     biases = sum(4 * (s.num_experts + 1) * f.dense.down.shape[0] for f, s in scene.carved)
@@ -138,11 +147,15 @@ def _state(scene: Scene, names: Sequence[str]) -> float:
         "quantize": rounded + (ffns + others if "tune_grids" in names else 0.0),
         "tune_grids": rounded,
     }
-    training = {"finetune": 24.0 * ffns, "tune_grids": 24.0 * (ffns + others)}
+    training = {"finetune": 12.0 * ffns, "tune_grids": 12.0 * (ffns + others)}
     stored = most = 0.0
-    for n in names:
-        most = max(most, stored + training.get(n, 0.0))
-        stored += each.get(n, 0.0)
+    for p in passes:
+        if p.name in training:
+            each_save = p.config.save_seconds
+            took = seconds.get(p.name, 2 * each_save)
+            copies = (took >= each_save) + (took >= 2 * each_save)
+            most = max(most, stored + copies * training[p.name])
+        stored += each.get(p.name, 0.0)
     return max(most, stored)
 
 

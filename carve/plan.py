@@ -115,10 +115,11 @@ def foresee(
     check_source(program, config.targets)
     check_translation(program, config.targets, config.nominal_bits)
     scene = scene_of(program, config, given.asked, given.batches, given.held, path)
-    room = room_of(scene, config, passes, resident())
+    own = resident()  # before rates are measured
     names = [p.name for p in passes]
     rates = Rates.measure(scene, given.batches, names, given.tracing, clock)
     seconds = {"load": loading, **seconds_of(scene, config, passes, rates)}
+    room = room_of(scene, config, passes, own, seconds)
     what = {p.name: of_pass(p.name)[0] for p in passes}
     reasons = lacking(room, output)
     placed: dict[str, Any] = {}

@@ -64,6 +64,23 @@ def _size(view: Callable[[Tensor], Tensor], y: Tensor, weight: Tensor, index: Te
     return sum(float((weight[rows, None] * view(y[rows]).square()).sum()) for rows in parts)
 
 
+def _pulled(
+    grams: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    start: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    held: Tensor,
+    how: Rounding,
+) -> Tensor:
+    """`pulled_ridge` from ``start`` where errors are corrected; the first matrix is the sum."""
+    if not how.correct:
+        grams[0].add_(grams[1])
+        return start
+    size = partial(_size, y=target, weight=weight, index=held)
+    return pulled_ridge(grams, rights, start, _STRENGTHS, size).solution
+
+
 def round_linear(
     lesson: UnitLesson, bits: int, how: Rounding, *, is_head: bool = False
 ) -> tuple[Tensor, Tensor | None, Grid]:
@@ -81,11 +98,7 @@ def round_linear(
     parts = folds(len(x))
     grams, rights = zip(*(_moments(x, target, lesson.weight, i) for i in parts), strict=True)
     start = unit.weight.float().T
-    if how.correct:
-        size = partial(_size, y=target, weight=lesson.weight, index=parts[1])
-        start = pulled_ridge(grams, rights, start, _STRENGTHS, size).solution
-    else:
-        grams[0].add_(grams[1])
+    start = _pulled(grams, rights, start, target, lesson.weight, parts[1], how)
     wanted, widths = start.T.contiguous(), _widths(bits, start.shape[0], how)
     found: list[Rounded] = []
     order: list[Tensor] = []
@@ -326,11 +339,7 @@ def _round_down(
     n = len(start) - r.num_experts - 1
     grams, rights = _down_moments(r, x, target, weight, chosen, parts, how)
     trim_heap()
-    if how.correct:
-        size = partial(_size, y=target, weight=weight, index=parts[1])
-        start = pulled_ridge(grams, rights, start, _STRENGTHS, size).solution
-    else:
-        grams[0].add_(grams[1])
+    start = _pulled(grams, rights, start, target, weight, parts[1], how)
     gram, held = grams
     right = rights[0]  # by now the sum of both, where it is read
     bits = torch.cat(
