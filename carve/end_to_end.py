@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,48 @@ from torch import Tensor, nn
 from carve import training_state
 from carve.calibration import Batch
 from carve.passbase import Context
-from carve.program import Kind
+from carve.program import Kind, Program
+from carve.retell import tokens_in
 from carve.tuning import cosine
+
+LEAST_STEPS = 8
+"""Fewer than so many steps are not worth a beginning."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of passes that train the whole program.
+
+    ``tokens``: seen in all at the most. ``rounds``: times that text is repeated at the most.
+    ``work``: multiply-accumulates at the most, 0 for no limit, which leaves a large program fewer
+    tokens; where they make fewer than 8 steps, nothing is done. ``batch``: tokens a step.
+    ``save_seconds``: time between states to go on from. ``judge``: keep the pass only where the
+    program's loss gets lower.
+    """
+
+    tokens: int = 1_000_000
+    rounds: int = 16
+    work: float = 0.0
+    batch: int = 4096
+    save_seconds: float = 60.0
+    judge: bool = True
+
+    def tokens_for(self, parameters: int, distinct: int) -> int:
+        """Tokens for so many parameters, each in two products forward and two backward.
+
+        ``distinct``: tokens that there are.
+        """
+        allowed = int(self.work / (4 * parameters)) if self.work else self.tokens
+        return min(self.tokens, self.rounds * distinct, allowed)
+
+    def plan(
+        self, program: Program, batches: Sequence[Batch], generator: torch.Generator
+    ) -> list[Batch]:
+        """A batch for every step; none where there would be fewer than `LEAST_STEPS`."""
+        parts = in_parts(batches, self.batch)
+        tokens = self.tokens_for(program.num_parameters, tokens_in(parts))
+        plan = in_order(parts, tokens, generator)
+        return plan if len(plan) >= LEAST_STEPS else []
 
 
 class _Divergence(torch.autograd.Function):

@@ -84,8 +84,8 @@ def room_of(
     output = sum(each.values()) + scene.copied + _PAGE
     # A target is written from one copy of its weights and compared in another.
     emission = 3.0 * max(each.values())
-    step = next((p.config.batch for p in passes if p.name == "tune_grids"), 0)
-    memory = resident + max(_working(scene, names, step), emission)
+    steps = {p.name: p.config.batch for p in passes if p.name in ("finetune", "tune_grids")}
+    memory = resident + max(_working(scene, names, steps), emission)
     return Room(memory, output, _state(scene, passes, seconds or {}))
 
 
@@ -148,7 +148,7 @@ def _state(scene: Scene, passes: Sequence[Pass[Any]], seconds: Mapping[str, floa
         "tune_grids": rounded,
     }
     training = {"finetune": 12.0 * ffns, "tune_grids": 12.0 * (ffns + others)}
-    stored = most = 0.0
+    stored = most = 8.0 * scene.tokens.told
     for p in passes:
         if p.name in training:
             each_save = p.config.save_seconds
@@ -159,13 +159,14 @@ def _state(scene: Scene, passes: Sequence[Pass[Any]], seconds: Mapping[str, floa
     return max(most, stored)
 
 
-def _trained(scene: Scene, step: int) -> float:
-    """Bytes that `carve.passes.TuneGrids` keeps for its way back, at ``step`` tokens a step.
+def _trained(scene: Scene, name: str, step: int) -> float:
+    """Bytes that a pass which trains the whole program keeps for its way back.
 
-    Of the weights the levels and what is made of them on the way, their gradient and Adam's two
-    moments. Of a token in a block: what norms, attention and the shared expert read and write; of
-    each of its experts the row that it reads, as it was and rounded for gate and up, and the one
-    that it writes; and hidden activations. Of the logits the dense ones, these and their gradient.
+    ``step``: tokens a step. Of the weights their values (the levels and what is made of them on the
+    way), their gradient and two moments. Of a token in a block: what norms, attention and the
+    shared expert read and write; of each of its experts the row that it reads, as it was and
+    rounded for gate and up, and the one that it writes; and hidden activations, in
+    `carve.passes.Finetune` of all experts. Of the logits the dense ones, these and their gradient.
     An encoder's largest batch is no usual one, and its attention keeps every pair's score.
     """
     kept, tokens = 3.0 * scene.vocabulary, float(min(step, scene.usual))
@@ -175,16 +176,17 @@ def _trained(scene: Scene, step: int) -> float:
         kept += 3.0 * heads * step / scene.rows * len(scene.program.sites)
     for site in scene.program.sites:
         split, d = scene.splits.get(site.name), site.dense.up.shape[1]
-        taken = 0 if split is None else split.top_k
-        hidden = site.dense.intermediate_size if split is None else split.active_size
+        taken, hidden = 0, site.dense.intermediate_size
+        if split is not None and name == "tune_grids":
+            taken, hidden = split.top_k, split.active_size
         kept += 12 * d + 4 * d * taken + 6 * hidden
-    return 4.0 * (tokens * kept + 6 * scene.program.num_parameters) if step else 0.0
+    return 4.0 * (tokens * kept + 6 * scene.program.num_parameters)
 
 
-def _working(scene: Scene, names: Sequence[str], step: int) -> float:
+def _working(scene: Scene, names: Sequence[str], steps: Mapping[str, int]) -> float:
     """Most bytes that passes hold at once, beside the weights that are there when they begin.
 
-    ``step``: see `_trained`; 0 where nothing trains grids.
+    ``steps``: tokens a step of passes that train the whole program.
     """
     carved, linears = _stored(scene)
     t = scene.layerwise
@@ -201,7 +203,7 @@ def _working(scene: Scene, names: Sequence[str], step: int) -> float:
     if "quantize" in names:
         tq = min(t, 24_576)
         walked = max(walked, 4.0 * tq * d * 16 + 8.0 * tq * scene.vocabulary)
-    batch = max(batch, _trained(scene, step))
+    batch = max([batch, *(_trained(scene, name, step) for name, step in steps.items())])
     during = inputs + logits + (walked if {"refit", "distill", "quantize"} & {*names} else 0.0)
     rewritten = carved * (2 if "quantize" in names else 1) + (
         linears if "quantize" in names else 0.0

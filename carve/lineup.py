@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 WEIGHTS_ONLY = ("choose_widths", "smooth", "quantize", "tune_grids")
 """Passes that run where nothing is carved, too."""
-LAYER_TOKENS = 98_304
-"""Most calibration tokens that layer-wise work sees."""
+_TEXT_TOKENS = 98_304
+"""Tokens of text that are taken for effort ``layer``."""
+LAYER_TOKENS = 2 * _TEXT_TOKENS
+"""Most tokens that layer-wise work sees: the text, and as much that the model tells."""
+SHORT = {"tokens": LAYER_TOKENS, "work": 1e13}
+"""An end-to-end pass of minutes."""
 
 
 def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
@@ -47,8 +51,9 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.Distill, p.DistillConfig))
     if config.skip:
         listed.append(make(p.SkipGates, p.GateConfig))
-    if config.effort == "full" and not config.exact:
-        listed.append(make(p.Finetune, p.FinetuneConfig))
+    if config.effort in ("layer", "full") and not config.exact:
+        short = SHORT if config.effort == "layer" else {}
+        listed.append(make(p.Finetune, p.FinetuneConfig, **short))
     if config.mixed:
         listed.append(make(p.ChooseWidths, p.ChooseWidthsConfig))
     published = config.passes.get("quantize", {}).get("method") == "eaquant"
@@ -78,13 +83,15 @@ def passes_of(config: ConvertConfig) -> list[Pass[Any]]:
 class Tokens:
     """How many tokens each part of a conversion takes.
 
-    ``told``: of ``calibration``, made by the model where the text is short (`carve.retell`).
+    ``distinct``: to train on, where the model can tell what the text lacks (`carve.retell`), which
+    keeps training from learning the text by heart; ``told``: of ``calibration``, made so.
     """
 
     calibration: int
     final: int
     after_pass: int
     judge: int
+    distinct: int = 0
     told: int = 0
 
 
@@ -95,16 +102,18 @@ def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:
     near two minutes on a small machine, and by 100K tokens.
     """
     scale = 2e13 / (2 * parameters)
+    effort = "none" if config.exact else config.effort
     # Closed forms have what they need from fewer tokens than training does.
-    by_effort = {"none": 40_000, "layer": LAYER_TOKENS, "full": 1_000_000}
-    most = by_effort["none" if config.exact else config.effort]
+    most = {"none": 40_000, "layer": _TEXT_TOKENS, "full": 1_000_000}[effort]
     calibration = config.tokens or int(min(most, max(8_192, scale)))
     final = config.eval_tokens or int(min(24_000, max(1_024, scale / 8)))
+    trains = effort != "none" and not config.is_dense
     return Tokens(
         calibration,
         final,
         min(final, int(max(512, scale / 32))),
         int(min(4_096, max(512, scale / 64))),
+        max(calibration, min(2 * calibration, LAYER_TOKENS)) if trains else 0,
     )
 
 

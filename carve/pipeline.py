@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from carve.calibration import Batch
+    from carve.fingerprint import Parts
     from carve.passbase import Pass, PassResult, Progress
     from carve.program import Program
     from carve.state import PassStates
@@ -172,6 +173,7 @@ class _Conversion:
         count: Tokens,
     ) -> Artifact | Stopped:
         """Carve, emit, check, and put the artifact in place; or stop where the course ends."""
+        from carve import fingerprint
         from carve.arithmetic import as_emitted
         from carve.diagnosis import Diagnosis, costs
         from carve.engine_form import check_source
@@ -190,7 +192,7 @@ class _Conversion:
         scene = scene_of(program, self.config, count, batches, held, folder)
         expected = room_of(scene, self.config, self.passes, resident())
         check_room(expected, self.out, size_of(self.job.folder))
-        batches, count = self._enough_text(batches, count)
+        batches, count = self._enough_text(batches, held, count)
         results: list[PassResult] = []
         quality: dict[str, Any] | None = None
         found: dict[str, Any] = {"dense": costs(program), "layers": {}, "positions": {}}
@@ -204,7 +206,8 @@ class _Conversion:
                 with as_emitted(p):
                     return as_dict(small(p))
 
-            states = self._states(batches, held, count)
+            parts = [fingerprint.of_pass(p, self.config) for p in self.passes]
+            states = self._states("", parts, batches, held, count)
             diagnosis = Diagnosis(program, small)
             manager = PassManager(
                 self.passes,
@@ -250,49 +253,59 @@ class _Conversion:
         return Artifact.open(self.out)
 
     def _enough_text(
-        self, batches: Sequence[Batch], count: Tokens
+        self, batches: Sequence[Batch], held: Sequence[Batch], count: Tokens
     ) -> tuple[Sequence[Batch], Tokens]:
-        """The calibration text, told again where it is short, and tokens to judge on."""
+        """Calibration text, gone on with by the model where it is short; tokens to judge on."""
         import torch
 
         from carve.retell import missing, stretched, tokens_in
 
-        lacking = missing(self.program, batches, count.calibration) if self.passes else 0
+        lacking = 0
+        if self.passes:
+            lacking = missing(self.program, batches, count.calibration, count.distinct)
         if not lacking:
             return batches, count
-        have = tokens_in(batches)
         found, judge = stretched(
             self.program,
             batches,
             lacking,
             count.judge,
             torch.Generator().manual_seed(self.config.seed),
-            lambda items: self.progress(items, "short text told again"),
+            lambda items: self.progress(items, "text told again"),
+            self._states("text", [{"the pass": "text"}], batches, held, count).partial(0).once,
         )
-        return found, replace(count, judge=judge, told=tokens_in(found) - have)
+        return found, replace(count, judge=judge, told=tokens_in(found) - tokens_in(batches))
 
     def _keep(self, following: Pass[Any], program: Program) -> None:
         """Remember the program as it is before its weights are rounded, where a target needs it."""
-        if self.unrounded is None and self._rounds(following):
+        if self.unrounded is None and self._rounds(following.name):
             self.unrounded = program.copy()
 
-    def _states(self, batches: Sequence[Batch], held: Sequence[Batch], count: Tokens) -> PassStates:
+    def _states(
+        self,
+        folder: str,
+        passes: Sequence[Parts],
+        batches: Sequence[Batch],
+        held: Sequence[Batch],
+        count: Tokens,
+    ) -> PassStates:
+        """States in a folder within the conversion's, by the fingerprints of ``passes``."""
         from carve import fingerprint
         from carve.state import PassStates
 
         return PassStates(
-            self.job.folder,
+            self.job.folder / folder,
             fingerprint.of_input(
                 self.program, self.config, self.source["sha256"], batches, held, asdict(count)
             ),
-            [fingerprint.of_pass(p, self.config) for p in self.passes],
+            passes,
             self.job.course,
-            next((p.name for p in self.passes if self._rounds(p)), None),
+            next((p["the pass"] for p in passes if self._rounds(p["the pass"])), None),
         )
 
-    def _rounds(self, following: Pass[Any]) -> bool:
+    def _rounds(self, name: str) -> bool:
         """Whether a target wants the program before this pass: its engine quantizes by itself."""
-        return self.config.form.plain and following.name in WEIGHTS_ONLY
+        return self.config.form.plain and name in WEIGHTS_ONLY
 
     def _context(self, batches: Sequence[Batch], judged: int) -> Any:
         from carve.budget import plan_widths

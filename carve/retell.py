@@ -15,7 +15,9 @@ from carve.calibration import Batch, decoder_batches, hold_back
 from carve.program import Program
 
 ENOUGH = 24_576
-"""Tokens from which on text is taken as it is."""
+"""Tokens from which on closed forms take text as it is."""
+WORK = 4e12
+"""Multiply-accumulates at the most that go into text for training."""
 KEPT = 8
 """Most tokens that a row keeps."""
 ROWS = 32
@@ -27,9 +29,16 @@ def tokens_in(batches: Sequence[Batch]) -> int:
     return sum(b.tokens for b in batches)
 
 
-def missing(program: Program, batches: Sequence[Batch], asked: int) -> int:
-    """Tokens to tell: up to what was asked for, and no more than `ENOUGH`, see `lacking`."""
-    return lacking(program, tokens_in(batches), min(asked, ENOUGH))
+def missing(program: Program, batches: Sequence[Batch], asked: int, trained: int = 0) -> int:
+    """Tokens to tell: up to what was asked for, and no more than `ENOUGH`; or what training lacks.
+
+    ``trained``: tokens to train on, as far as `WORK` goes; nothing where it does not go half way.
+    """
+    have = tokens_in(batches)
+    allowed = int(WORK / program.num_parameters)
+    more = lacking(program, have, trained)
+    more = min(more, allowed) if 2 * allowed >= more else 0
+    return max(lacking(program, have, min(asked, ENOUGH)), more)
 
 
 def lacking(program: Program, have: int, wanted: int) -> int:
@@ -49,6 +58,7 @@ def stretched(
     judge: int,
     generator: torch.Generator,
     progress: Callable[[Sequence[Tensor]], Iterator[Tensor]] = iter,
+    once: Callable[[str, Callable[[], Tensor]], Tensor] = lambda _, make: make(),
 ) -> tuple[list[Batch], int]:
     """``batches`` with about ``tokens`` more, told again; and tokens to judge on.
 
@@ -64,12 +74,13 @@ def stretched(
         judge: tokens to judge on, were there enough text.
         generator: for every draw.
         progress: shows the groups of rows.
+        once: keeps what is told, as `carve.passbase.Partial.once` does.
     """
     judge = judged_on(batches, judge)
     rest, judged = hold_back(batches, judge)
     kept = tokens_in(rest) + tokens_in(judged) > tokens_in(batches)
     first = [] if kept else judged  # among the rest, where there are few rows
-    told = told_again(program, rest, tokens, generator, progress)
+    told = once("told", lambda: told_again(program, rest, tokens, generator, progress))
     return [*first, *rest, *decoder_batches(program, told, 8)], judge
 
 

@@ -54,18 +54,21 @@ def of_pass(name: str) -> tuple[str, list[Setting]]:
 
 
 def _fields(config: ast.ClassDef, tree: ast.Module) -> Iterator[Setting]:
-    """The fields of a dataclass, those of its base first."""
+    """The fields of a dataclass, those of its base first, which it may give other defaults."""
+    known: dict[str, Setting] = {}
     for base in config.bases:
         assert isinstance(base, ast.Name)
         found, its_tree = _definition(base.id, tree)
         assert isinstance(found, ast.ClassDef)
-        yield from _fields(found, its_tree)
+        known |= {s.name: s for s in _fields(found, its_tree)}
     own = [n for n in config.body if isinstance(n, ast.AnnAssign)]
     names = [n.target.id for n in own if isinstance(n.target, ast.Name)]
     about = _of_prose(ast.get_docstring(config) or "", names)
     for n, name in zip(own, names, strict=True):
         assert n.value is not None
-        yield Setting(name, _value(n.value, tree), about.get(name, ""))
+        inherited = known[name].about if name in known else ""
+        known[name] = Setting(name, _value(n.value, tree), about.get(name, inherited))
+    yield from known.values()
 
 
 def _value(node: ast.expr, tree: ast.Module) -> Any:

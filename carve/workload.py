@@ -9,6 +9,7 @@ from typing import Any
 
 from carve.budget import Split
 from carve.diagnosis import LAYER_TOKENS, STREAM_TOKENS
+from carve.end_to_end import LEAST_STEPS, TrainingConfig
 from carve.engine_form import FOREIGN
 from carve.ffn import DenseFFN
 from carve.lineup import LAYER_TOKENS as SEEN
@@ -239,9 +240,8 @@ def _distill(scene: Scene, p: Pass[Any]) -> Work:
 
 
 def _finetune(scene: Scene, p: Pass[Any]) -> Work:
-    t = float(p.config.tokens)
+    t, steps = _steps_of(scene, p.config, scene.tokens.calibration)
     weights = sum(s.dense.macs for s, _ in scene.carved)
-    steps = t / p.config.batch
     loss = Work(elements=20.0 * t * scene.vocabulary)
     # The dense program runs beside; what is not trained passes gradients on all the same.
     training = Work(training=t * scene.program.num_parameters, updates=weights * steps)
@@ -250,14 +250,20 @@ def _finetune(scene: Scene, p: Pass[Any]) -> Work:
     return scene.forward(t) + training + loss
 
 
+def _steps_of(scene: Scene, config: TrainingConfig, distinct: int) -> tuple[float, float]:
+    """Tokens that a pass which trains the whole program sees, and its steps."""
+    t = config.tokens_for(scene.program.num_parameters, distinct)
+    steps = t / min(config.batch, scene.usual)
+    return (t, steps) if steps >= LEAST_STEPS else (0.0, 0.0)
+
+
 def _tune_grids(scene: Scene, p: Pass[Any]) -> Work:
     weights = scene.program.num_parameters
     told = p.config.told(scene.program, scene.tokens.calibration)
-    t = float(p.config.tokens_for(weights, scene.tokens.calibration + told))
+    t, steps = _steps_of(scene, p.config, scene.tokens.calibration + told)
     # The dense program's way forward, and this one's, which costs twice as much backwards; its
     # weights are made of levels and scales at every step, and both move.
     runs = scene.forward(t) * 4 + (scene.routed(t) + scene.emulated(t)) * 2
-    steps = t / p.config.batch
     made = Work(elements=20.0 * t * scene.vocabulary + 12.0 * steps * weights)
     return runs + made + Work(updates=weights * steps) + scene.told(told)
 

@@ -10,37 +10,43 @@ from torch import Tensor, nn
 
 from carve.calibration import Batch
 from carve.dialect import select
-from carve.end_to_end import divergence, in_order, in_parts, quarters, train
-from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
+from carve.end_to_end import (
+    TrainingConfig,
+    divergence,
+    quarters,
+    train,
+)
+from carve.passbase import (
+    Context,
+    ContractError,
+    Pass,
+    need_notes,
+    need_routed,
+    unless_worse,
+)
 from carve.program import Program
 from carve.retell import tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of `Finetune`.
+class FinetuneConfig(TrainingConfig):
+    """Settings of `Finetune`, besides those of `carve.end_to_end.TrainingConfig`.
 
-    ``tokens``: seen in all at the most, text repeated where there is less. ``batch``: tokens a
-    step. ``rate`` and ``router_rate``: step sizes relative to the size of each tensor. ``rank``: of
-    low-rank corrections to the matrices; 0 trains the matrices themselves. ``save_seconds``: time
-    between states to go on from. ``judge``: keep the pass only where the program's loss gets lower.
+    ``rate`` and ``router_rate``: step sizes relative to the size of each tensor. ``rank``: of
+    low-rank corrections to the matrices; 0 trains the matrices themselves.
     """
 
-    tokens: int = 1_000_000
-    batch: int = 4096
     rate: float = 0.01
     router_rate: float = 0.001
     rank: int = 0
-    save_seconds: float = 60.0
-    judge: bool = True
 
 
 @dataclass(frozen=True)
 class FinetuneMetrics:
-    """``loss``: training loss over quarters of the steps; ``tokens``: seen; ``distinct``: of them.
+    """``loss``: training loss over quarters of the steps; ``tokens``: seen.
 
-    ``kept``: whether the program got better.
+    ``distinct``: of them; ``kept``: whether the program got better.
     """
 
     loss: list[float]
@@ -64,16 +70,23 @@ class Finetune(Pass[FinetuneConfig]):
     """
 
     name = "finetune"
+    needs_dense = True
 
     def requires(self, program: Program, context: Context) -> None:
-        """Needs carved sites with linear routers."""
+        """Needs carved sites with linear routers, and the dense program."""
         need_notes(program, "carve", self.name)
+        if context.dense is None:
+            raise ContractError("contract", f"{self.name} needs the dense program")
 
     def call(self, program: Program, context: Context) -> FinetuneMetrics:
         """Train, then set the thresholds anew and keep what is better."""
         c = self.config
-        batches = in_parts(context.stream or context.batches, c.batch)
-        plan = in_order(batches, c.tokens, context.generator(self.name))
+        dense = context.dense
+        assert dense is not None
+        apart, batches = _apart(context.stream or context.batches)
+        plan = c.plan(dense, batches, context.generator(self.name))
+        if not plan:
+            return FinetuneMetrics([], 0, 0, kept=False)
         losses: list[float] = []
 
         def rewrite() -> None:
@@ -91,13 +104,13 @@ class Finetune(Pass[FinetuneConfig]):
                 nn.ModuleDict({n.replace(".", "/"): m for n, m in models.items()}),
                 _optimizers([g for m in models.values() for g in m.groups(c.rate, c.router_rate)]),
                 plan,
-                lambda batch: self._loss(program, models, batch),
+                lambda batch: self._loss(program, dense, models, batch),
                 context,
                 self.name,
                 save_seconds=c.save_seconds,
                 after_step=lambda: balance.hold(balance.last(), 0.02),
             )
-            means = self._settle(program, models, balance, context)
+            means = self._settle(program, models, balance, apart)
             for site in program.carved:
                 routed = models[site.name].export()
                 program.set_routed(site, replace(routed, mean_top_k=means.get(site.name)))
@@ -105,16 +118,15 @@ class Finetune(Pass[FinetuneConfig]):
 
         kept = unless_worse(program, context if c.judge else None, rewrite)
         seen = tokens_in(plan)
-        distinct = min(tokens_in(batches), seen)
-        return FinetuneMetrics(quarters(losses), seen, distinct, kept)
+        return FinetuneMetrics(quarters(losses), seen, min(tokens_in(batches), seen), kept)
 
-    def _loss(self, program: Program, models: dict[str, MaskedFFN], batch: Batch) -> Tensor:
-        dense = {s.name: s.dense for s in program.sites}
+    def _loss(
+        self, program: Program, dense: Program, models: dict[str, MaskedFFN], batch: Batch
+    ) -> Tensor:
+        taught = {s.name: s.dense for s in dense.sites}
         with mixed_precision():
             with torch.no_grad():
-                want = program.differentiable(
-                    *batch.inputs, replace=dense, only_first=True, gates=False
-                )[0]
+                want = dense.differentiable(*batch.inputs, replace=taught, only_first=True)[0]
             have = program.differentiable(*batch.inputs, replace=models, only_first=True)[0]
         return divergence(program.kind, want, have, batch)
 
@@ -124,11 +136,11 @@ class Finetune(Pass[FinetuneConfig]):
         program: Program,
         models: dict[str, MaskedFFN],
         balance: Balance,
-        context: Context,
+        batches: Sequence[Batch],
     ) -> dict[str, float]:
-        """Set the biases on more text than one batch; gives the mean experts a token by site."""
+        """Set the biases on ``batches``; gives the mean experts a token by site."""
         found: dict[str, list[Tensor]] = {n: [] for n, m in models.items() if m.source.dynamic}
-        for batch in context.batches[:8]:
+        for batch in batches:
             program.differentiable(*batch.inputs, replace=models, only_first=True)
             for name, parts in found.items():
                 logits = models[name].last_logits
@@ -138,6 +150,16 @@ class Finetune(Pass[FinetuneConfig]):
         shift = balance.hold([*scores.values()])
         chosen = {n: select(x - shift, models[n].source.top_k, True) for n, x in scores.items()}
         return {n: float(mask.sum(1).float().mean()) for n, mask in chosen.items()}
+
+
+def _apart(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Batches that say how many experts a token takes, and those that are trained on.
+
+    The same where there are few. Of text that a router was trained on a token takes fewer experts
+    than of any other.
+    """
+    count = min(4, len(batches) // 8)
+    return (batches[:count], batches[count:]) if count else (batches, batches)
 
 
 def _optimizers(groups: Sequence[dict[str, object]]) -> list[torch.optim.Optimizer]:

@@ -13,28 +13,29 @@ from torch import Tensor, nn
 from carve.arithmetic import as_emitted, grids_of, rounded
 from carve.calibration import Batch, decoder_batches
 from carve.dialect import LinearRule, linear_rule
-from carve.end_to_end import divergence, in_order, in_parts, quarters, train
+from carve.end_to_end import (
+    LEAST_STEPS,
+    TrainingConfig,
+    divergence,
+    quarters,
+    train,
+)
 from carve.grid import Grid
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
 from carve.retell import lacking, tokens_in, told_again
 
-_LEAST_STEPS = 8
 _INSIDE, _END = 0.49, 0.499
 """Of a level, how far from its middle a weight may start, and how far out it may go at the ends."""
 
 
 @dataclass(frozen=True)
-class TuneGridsConfig:
-    """Settings of `TuneGrids`.
+class TuneGridsConfig(TrainingConfig):
+    """Settings of `TuneGrids`, besides those of `carve.end_to_end.TrainingConfig`.
 
-    ``tokens``: seen in all at the most, as many at 4 bits and more below (`tokens_at`).
-    ``distinct``: of them, which the dense program tells by itself where there is less text
-    (`carve.retell`, decoders alone). ``rounds``: times that text is repeated at the most. ``work``:
-    multiply-accumulates at the most, which leaves a large program fewer tokens; where they make
-    fewer than 8 steps, nothing is done. ``batch``: tokens a step. ``rate``: of Adam at 4 bits,
-    relative to a scale. ``level_rate``: of Adam, in levels. ``save_seconds``: time between states
-    to go on from. ``judge``: keep the pass only where the program's loss gets lower.
+    At 4 bits ``tokens`` are as here, and more below (`tokens_at`). ``distinct``: different tokens,
+    of which the dense program tells those that the text lacks (`carve.retell`, decoders alone).
+    ``rate``: of Adam at 4 bits, relative to a scale. ``level_rate``: of Adam, in levels.
     """
 
     tokens: int = 131_072
@@ -44,25 +45,16 @@ class TuneGridsConfig:
     batch: int = 2048
     rate: float = 0.003
     level_rate: float = 0.001
-    save_seconds: float = 60.0
-    judge: bool = True
 
     @classmethod
     def tokens_at(cls, bits: float) -> int:
         """Tokens at so many bits a weight: three times as many for each bit less than 4."""
         return round(cls.tokens * 3 ** max(0.0, 4.0 - bits))
 
-    def tokens_for(self, parameters: int, distinct: int) -> int:
-        """Tokens for so many parameters, each in two products forward and two backward.
-
-        ``distinct``: tokens that there are.
-        """
-        return min(self.tokens, self.rounds * distinct, int(self.work / (4 * parameters)))
-
     def told(self, dense: Program, given: int) -> int:
         """Distinct tokens to be told besides the given ones."""
         wanted = min(self.distinct, self.tokens_for(dense.num_parameters, self.distinct))
-        return 0 if wanted < _LEAST_STEPS * self.batch else lacking(dense, given, wanted)
+        return 0 if wanted < LEAST_STEPS * self.batch else lacking(dense, given, wanted)
 
 
 @dataclass(frozen=True)
@@ -263,12 +255,10 @@ class TuneGrids(Pass[TuneGridsConfig]):
         told = c.told(dense, tokens_in(batches))
         if told:
             batches += self._told(dense, batches, told, context)
-        parts = in_parts(batches, c.batch)
-        tokens = c.tokens_for(dense.num_parameters, tokens_in(parts))
-        plan = in_order(parts, tokens, context.generator(self.name))
+        plan = c.plan(dense, batches, context.generator(self.name))
         grids = Grids(program)
         count = sum(log.numel() for log in grids.logs)
-        if len(plan) < _LEAST_STEPS:
+        if not plan:
             _forget(program)
             return TuneGridsMetrics([], 0, told, count, 0.0, 0.0, None, None, kept=False)
         losses = self._train(program, dense, grids, plan, context)

@@ -38,14 +38,25 @@ import baselines
 
 from carve import passes as p
 from carve.budget import make_request, plan_widths
-from carve.calibration import SiteInputs, hold_back, load_tokenizer, read_text, text_batches
+from carve.calibration import (
+    Batch,
+    SiteInputs,
+    decoder_batches,
+    hold_back,
+    load_tokenizer,
+    read_text,
+    text_batches,
+)
 from carve.capture import capture_checkpoint
+from carve.config import ConvertConfig
 from carve.dialect import linear, select
 from carve.evaluate import Evaluator, as_dict
+from carve.lineup import SHORT, default_tokens
 from carve.passbase import Context, Pass, PassManager
 from carve.program import Program
 from carve.realised import realised
 from carve.report import table
+from carve.retell import missing, told_again
 from carve.sites import FFN, FFNSite
 from carve.statistics import expert_energy
 
@@ -92,6 +103,20 @@ class Bench:
         self.evaluator = Evaluator(self.program, self.held)
         self.inputs = SiteInputs.collect(self.program, self.batches)
         self.judge = Evaluator(self.program, judged)
+        self._longer: tuple[list[Batch], SiteInputs] | None = None
+
+    def longer(self) -> tuple[list[Batch], SiteInputs]:
+        """The text and what the dense model tells beside it, as conversions that train have it."""
+        if self._longer is None:
+            asked = default_tokens(ConvertConfig(budget=0.5), self.program.num_parameters).distinct
+            lacking = missing(self.program, self.batches, 0, asked)
+            batches = self.batches
+            if lacking:
+                generator = torch.Generator().manual_seed(self.seed)
+                rows = told_again(self.program, self.batches, lacking, generator)
+                batches = [*batches, *decoder_batches(self.program, rows, 8)]
+            self._longer = batches, SiteInputs.collect(self.program, batches)
+        return self._longer
 
     def figures(self, program: Program, replace: Mapping[str, FFN] | None = None) -> dict[str, Any]:
         """Quality on held-out text, and the active share of neurons there."""
@@ -104,22 +129,24 @@ class Bench:
             found["active"] = realised(program, self.held[:4]).share()["neurons"]
         return found
 
-    def context(self, program: Program, share: float) -> Context:
+    def context(self, program: Program, share: float, longer: bool = False) -> Context:
         """What carve's passes share, with uniform widths planned."""
         request = make_request(program, None, share, 0.7)
+        batches, inputs = self.longer() if longer else (self.batches, self.inputs)
         return Context(
-            self.batches,
-            self.inputs,
+            batches,
+            inputs,
             request,
             plan_widths(program, request),
             self.seed,
             judge=self.judge.loss,
+            dense=self.program,
         )
 
-    def carve(self, share: float, policy: str, *passes: Pass[Any]) -> Rows:
+    def carve(self, share: float, policy: str, longer: bool, *passes: Pass[Any]) -> Rows:
         """carve's own passes, with the figures after each from the router on."""
         program = capture_checkpoint(self.folder)
-        context = self.context(program, share)
+        context = self.context(program, share, longer)
         began = time.monotonic()
         first = PassManager(split_passes(policy))(program, context)
         predicted = first[1].metrics["predicted"]
@@ -187,7 +214,9 @@ def _one(
     return lambda b, s: iter([(name, run(b, s))])
 
 
-def _carve(label: str, *names: str, policy: str = "measured") -> Callable[[Bench, float], Rows]:
+def _carve(
+    label: str, *names: str, policy: str = "measured", longer: bool = False
+) -> Callable[[Bench, float], Rows]:
     """Rows of carve: ``label`` with ``{}`` for the name of the pass just run."""
     make = {
         "fixed": lambda: p.RouteRidge(p.RouteRidgeConfig(dynamic=False)),
@@ -196,10 +225,11 @@ def _carve(label: str, *names: str, policy: str = "measured") -> Callable[[Bench
         "compensate": lambda: p.Compensate(p.CompensateConfig(judge=False)),
         "refit": lambda: p.Refit(p.RefitConfig()),
         "distill": lambda: p.Distill(p.DistillConfig()),
+        "finetune": lambda: p.Finetune(p.FinetuneConfig(**SHORT)),
     }
 
     def rows(b: Bench, s: float) -> Rows:
-        for name, figures in b.carve(s, policy, *(make[n]() for n in names)):
+        for name, figures in b.carve(s, policy, longer, *(make[n]() for n in names)):
             yield label.format(name), figures
 
     return rows
@@ -222,7 +252,9 @@ METHODS: dict[str, Callable[[Bench, float], Rows]] = {
         lambda b, s: b.figures(b.program, baselines.magnitude(b.program, b.inputs, s)),
     ),
     "narrow": _one("narrow dense, refitted", lambda b, s: b.narrow(s)),
-    "carve": _carve("carve: {}", "ridge", "refit", "distill"),
+    "none": _carve("carve, none: {}", "ridge", "refit"),
+    "layer": _carve("carve, layer: {}", "ridge", "refit", "distill", "finetune", longer=True),
+    "given-text": _carve("carve, given text: {}", "ridge", "refit", "distill", "finetune"),
     "uniform-layer": _carve("carve, uniform widths: {}", "ridge", "distill", policy="uniform"),
     "analytical": _carve("uniform, {}", "analytical", policy="uniform"),
     "fixed-k": _carve("uniform, fixed k: {}", "fixed", "compensate", policy="uniform"),
@@ -231,8 +263,18 @@ METHODS: dict[str, Callable[[Bench, float], Rows]] = {
     "no-refit": _carve("carve without refit: {}", "ridge", "distill"),
 }
 SETS = {
-    "main": ["random", "cmoe", "flap", "flap-uniform", "narrow", "magnitude", "dynamic-k", "carve"],
-    "ladder": ["analytical", "fixed-k", "oracle", "dynamic-k", "uniform-layer", "carve"],
+    "main": [
+        "random",
+        "cmoe",
+        "flap",
+        "flap-uniform",
+        "narrow",
+        "magnitude",
+        "dynamic-k",
+        "none",
+        "layer",
+    ],
+    "ladder": ["analytical", "fixed-k", "oracle", "dynamic-k", "uniform-layer", "given-text"],
 }
 
 

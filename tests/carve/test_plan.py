@@ -85,7 +85,9 @@ def test_answer(checkpoint: Path, out: Path, capsys: Captured) -> None:
     assert all(s["does"] for s in plan["steps"] if s["name"] in plan["passes"])
     assert plan["seconds"] == pytest.approx(sum(s["seconds"] for s in plan["steps"]))
     assert plan["disk"] == plan["output"] + plan["state"]
-    assert plan["tokens"]["calibration"] == 31 * 64  # whole rows of what was asked
+    tokens = plan["tokens"]
+    assert tokens["calibration"] - tokens["told"] == 31 * 64  # whole rows of what was asked
+    assert tokens["calibration"] == tokens["distinct"] == 2 * 2000
     assert not out.exists() and not [*out.parent.iterdir()]
     shown = plan_text(plan)
     for word in (*names, "in all", "memory at the peak", "disk", "it fits"):
@@ -136,10 +138,11 @@ def rising(values: Sequence[float]) -> bool:
 
 
 def test_effort(prepared: Prepared) -> None:
-    each = [forecast(prepared, effort=e) for e in ("none", "layer", "full")]
+    enough = replace(prepared, batches=prepared.batches * 500)
+    each = [forecast(enough, effort=e) for e in ("none", "layer", "full")]
     assert rising([f.total for f in each])
-    assert rising([f.room.state for f in each])
-    assert "distill" not in each[0].seconds and "finetune" in each[2].seconds
+    assert each[0].room.state < each[1].room.state <= each[2].room.state
+    assert not {"distill", "finetune"} & {*each[0].seconds}
     exact = forecast(prepared, effort="none", exact=True)
     assert "compensate" in exact.seconds and "refit" not in exact.seconds
     assert exact.room.state < each[0].room.state
@@ -176,11 +179,15 @@ def test_widths_and_text(prepared: Prepared) -> None:
     dense, pinned = forecast(prepared, budget=1.0), forecast(prepared, ffn_active=0.8)
     assert "carve" not in dense.seconds and dense.total < pinned.total
     assert dense.room.state < pinned.room.state
-    twice = replace(prepared, batches=prepared.batches * 2, held=prepared.held * 2)
-    longer, usual = forecast(twice), forecast(prepared)
-    assert longer.room.memory > usual.room.memory
+    usual = replace(prepared, asked=replace(prepared.asked, distinct=0))
+    twice = replace(usual, batches=prepared.batches * 2, held=prepared.held * 2)
+    longer, short = forecast(twice), forecast(usual)
+    assert longer.room.memory > short.room.memory
     for step in ("calibration", "dense model", "refit", "quantize"):
-        assert longer.seconds[step] > usual.seconds[step], step
+        assert longer.seconds[step] > short.seconds[step], step
+    told = forecast(prepared)  # the model tells as much again
+    for step in ("calibration", "refit", "finetune"):
+        assert told.seconds[step] > short.seconds[step], step
 
 
 def test_settings_of_passes(prepared: Prepared) -> None:

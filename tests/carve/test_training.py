@@ -305,7 +305,8 @@ def test_finetune_lowers_the_loss(routed: Routed, tmp_path: Path) -> None:
     assert routed.judge.loss(program) < before
     assert metrics["loss"][-1] < metrics["loss"][0]
     assert 15_000 < metrics["tokens"] <= 20_000
-    assert metrics["distinct"] == sum(b.inputs[0].numel() for b in routed.batches)
+    apart = len(routed.batches) // 8  # which say how many experts a token takes
+    assert metrics["distinct"] == sum(b.tokens for b in routed.batches[apart:])
 
 
 def test_sites_trade_experts_and_the_cost_of_all_stays(routed: Routed, tmp_path: Path) -> None:
@@ -348,15 +349,16 @@ def test_finetune_keeps_what_was_planned(routed: Routed, tmp_path: Path) -> None
     told = sum(s.routed.mean_top_k or 0.0 for s in program.carved if s.routed is not None)
     assert told == pytest.approx(asked, rel=0.03)
     seen: dict[str, float] = {}
-    for batch in context.batches[:8]:
+    apart = context.batches[: len(context.batches) // 8]
+    for batch in apart:
 
         def note(site: FFNSite, x: torch.Tensor) -> None:
             assert site.routed is not None
             taken = site.routed.chosen(x.flatten(0, -2)).sum(1).float().mean()
-            seen[site.name] = seen.get(site.name, 0.0) + float(taken) / len(context.batches[:8])
+            seen[site.name] = seen.get(site.name, 0.0) + float(taken) / len(apart)
 
         program.run(*batch.inputs, observe=note)
-    assert sum(seen.values()) == pytest.approx(asked, rel=0.1)
+    assert sum(seen.values()) == pytest.approx(asked, rel=0.03)
 
 
 def test_finetune_goes_on_where_it_was_killed(routed: Routed, tmp_path: Path) -> None:
