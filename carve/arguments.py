@@ -147,7 +147,7 @@ def _request(c: argparse.ArgumentParser) -> None:
     c.add_argument("--ffn-active", type=float, help="pin the active share of the FFNs instead")
     c.add_argument(
         "--effort",
-        help="training allowed: none (closed forms), layer (default) or full (end to end as well)",
+        help="training allowed: none (closed forms), layer (minutes, default) or full (hours)",
     )
     c.add_argument(
         "--skip",

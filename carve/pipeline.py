@@ -119,6 +119,12 @@ def advance(
     with art.explained(out), state_folder(out, course) as folder, seeded(config.seed):
         job = _Job(out, config, passes, progress, course, folder)
         if isinstance(model, (str, Path)):
+            if (example, calibration, held_out) != (None, None, None):
+                raise UserError(
+                    "config",
+                    "example inputs and batches are for an nn.Module",
+                    "name a text file in config=ConvertConfig(calibration=...)",
+                )
             return _convert_checkpoint(Path(model), job)
         if example is None or calibration is None:
             raise UserError("module", "an nn.Module needs example inputs and calibration batches")

@@ -14,6 +14,9 @@ import transformers as hf
 from command_line import Captured, change_config, convert, refused, result
 from safetensors.torch import load_file, save_file
 
+import carve
+from carve.errors import UserError
+
 # What is refused: the source
 
 
@@ -192,6 +195,13 @@ def test_calibration_text(checkpoint: Path, tmp_path: Path, out: Path, capsys: C
     assert "64" in message
     text.write_bytes(b"\xff\xfe\x00\xff" * 100)
     assert "short.txt" in refused(checkpoint, out, capsys, "--calibration", str(text))
+
+
+def test_batches_beside_a_checkpoint(checkpoint: Path, out: Path) -> None:
+    """They are for an ``nn.Module``; a file's name in their place would be ignored."""
+    given: Any = "text.txt"
+    with pytest.raises(UserError, match=r"nn\.Module"):
+        carve.convert(checkpoint, out, budget=0.7, calibration=given)
 
 
 def test_output_that_is_no_artifact(checkpoint: Path, out: Path, capsys: Captured) -> None:

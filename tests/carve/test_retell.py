@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny_models as tiny
 import torch
 from command_line import Captured, call, convert, result
 
+from carve import advance, retell
 from carve.calibration import (
     DATA,
     Batch,
@@ -19,8 +23,10 @@ from carve.calibration import (
     text_batches,
 )
 from carve.capture import capture_checkpoint
+from carve.config import ConvertConfig
 from carve.program import Program
 from carve.retell import ENOUGH, KEPT, missing, stretched, tokens_in
+from carve.state_folder import Course
 
 REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
 Get = Callable[[str], tiny.Captured]
@@ -44,6 +50,17 @@ def test_how_much_is_missing(captured: Get) -> None:
     assert missing(program, batches, 10**6) == ENOUGH - 512
     assert missing(program, batches, 512) == missing(program, batches, 600) == 0
     assert missing(captured("bert").program, batches, 2000) == 0
+
+
+def test_what_training_lacks(captured: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = captured("llama").program
+    batches = rows_of(program, 8)
+    assert missing(program, batches, 512, 5_000) == 5_000 - 512
+    assert missing(program, batches, 2_000, 680) == 2_000 - 512
+    assert missing(program, batches, 512, 600) == 0  # that little more is not worth it
+    monkeypatch.setattr(retell, "WORK", 3_000 * program.num_parameters)
+    assert missing(program, batches, 512, 5_000) == 3_000
+    assert missing(program, batches, 512, 50_000) == 0  # nor what goes nowhere near
 
 
 def test_what_is_judged_is_given_text_and_stands_apart(captured: Get) -> None:
@@ -104,6 +121,26 @@ def test_it_is_what_the_model_would_say() -> None:
     *_, again = told(program, given, 500)
     assert loss(given[0]) < 5
     assert loss(again) < 5 < 9 < loss(nonsense[0])
+
+
+def test_what_was_told_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text((DATA / "calibration.txt").read_text("utf-8")[:2_000], "utf-8")
+    config = ConvertConfig(budget=0.7, bits=16, effort="none", calibration=str(text))
+    labels: list[str] = []
+
+    def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
+        labels.append(label)
+        yield from items
+
+    def run(course: Course, config: ConvertConfig = config) -> bool:
+        labels.clear()
+        advance(checkpoint, tmp_path / "a", config, progress=progress, course=course)
+        return "text told again" in labels
+
+    assert run(Course(until="profile"))
+    assert not run(Course(resume=True, until="allocate"))
+    assert run(Course(resume=True, until="allocate"), replace(config, seed=1))
 
 
 def test_a_conversion_with_a_short_text(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
