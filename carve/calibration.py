@@ -156,10 +156,14 @@ def sentence_batches(
     tokenizer: Tokenizer, sentences: Sequence[str], length: int, size: int
 ) -> list[Batch]:
     """Batches of an encoder's inputs, padded to the longest sentence of the batch."""
-    encoded = [e.ids[:length] for e in tokenizer.encode_batch(list(sentences))]
+    return padded_batches([e.ids[:length] for e in tokenizer.encode_batch(list(sentences))], size)
+
+
+def padded_batches(rows: Sequence[list[int]], size: int) -> list[Batch]:
+    """Batches of token ids and their mask, padded to the longest row of the batch."""
     batches = []
-    for index in by_length(list(map(len, encoded)), size):
-        part = [encoded[i] for i in index]
+    for index in by_length(list(map(len, rows)), size):
+        part = [rows[i] for i in index]
         longest = max(map(len, part))
         ids = torch.tensor([p + [0] * (longest - len(p)) for p in part])
         mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in part])

@@ -74,7 +74,9 @@ class Context:
     layer-wise work does; ``partial`` keeps what a long pass needs to go on after a crash;
     ``widths`` are the bits of weights by unit, ``bits`` those of units that are not in it, and
     ``limits`` what mixed widths have to keep, by resource (`carve.passes.ChooseWidths`); ``dense``
-    is the program as it was before the first pass, where one needs it (`Pass.needs_dense`).
+    is the program as it was before the first pass, where one needs it (`Pass.needs_dense`);
+    ``given`` is how many tokens of ``batches``, the first, were not told by the model, None for
+    all.
     """
 
     batches: Sequence[Batch]
@@ -91,6 +93,7 @@ class Context:
     widths: dict[str, Widths] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     dense: Program | None = None
+    given: int | None = None
 
     def split(self, site: FFNSite) -> Split:
         """The widths of a site that is carved.

@@ -204,7 +204,7 @@ class _Conversion:
         found: dict[str, Any] = {"dense": costs(program), "layers": {}, "positions": {}}
         found["calibration"] = {"tokens": tokens_in(batches), "told_again": count.told}
         if self.passes:
-            context = self._context(batches, count.judge)
+            context = self._context(batches, count)
             evaluator = Evaluator(program, list(self.progress(held, "dense model")))
             small = evaluator.limited(count.after_pass)
 
@@ -313,15 +313,16 @@ class _Conversion:
         """Whether a target wants the program before this pass: its engine quantizes by itself."""
         return self.config.form.plain and name in WEIGHTS_ONLY
 
-    def _context(self, batches: Sequence[Batch], judged: int) -> Any:
+    def _context(self, batches: Sequence[Batch], count: Tokens) -> Any:
         from carve.budget import plan_widths
         from carve.calibration import SiteInputs, hold_back, limit_batches
         from carve.evaluate import Evaluator
         from carve.passbase import Context
+        from carve.retell import tokens_in
 
         c = self.config
         request, skips = request_of(self.program, c)
-        stream, held_back = hold_back(batches, judged)
+        stream, held_back = hold_back(batches, count.judge)
         layerwise = limit_batches(stream, LAYER_TOKENS)
         inputs = SiteInputs.collect(
             self.program, layerwise, lambda items: self.progress(items, "calibration")
@@ -338,4 +339,5 @@ class _Conversion:
             skips=skips,
             bits=c.nominal_bits,
             limits=limits_of(c),
+            given=tokens_in(stream) - count.told,
         )

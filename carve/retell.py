@@ -1,17 +1,20 @@
-"""More text from little: rows of calibration text gone on with by the model itself.
+"""More text from little: rows of calibration text gone on with by the model itself, or cut anew.
 
 Calibration text that a model makes stands in for its training data (Williams et al., arXiv
-2410.17170).
+2410.17170). An encoder makes none; its rows are cut elsewhere, so that tokens stand in others'
+company.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from carve.calibration import Batch, decoder_batches, hold_back
+from carve.calibration import Batch, decoder_batches, hold_back, padded_batches
 from carve.program import Program
 
 ENOUGH = 24_576
@@ -20,6 +23,8 @@ WORK = 4e12
 """Multiply-accumulates at the most that go into text for training."""
 KEPT = 8
 """Most tokens that a row keeps."""
+_NEARLY = 0.75
+"""Share of what is wanted from which on the rest is not worth the trouble."""
 ROWS = 32
 """Rows that are told side by side."""
 
@@ -33,17 +38,21 @@ def missing(program: Program, batches: Sequence[Batch], asked: int, trained: int
     """Tokens to tell: up to what was asked for, and no more than `ENOUGH`; or what training lacks.
 
     ``trained``: tokens to train on, as far as `WORK` goes; nothing where it does not go half way.
+    For an encoder no more than there are.
     """
-    have = tokens_in(batches)
+    have, closed = tokens_in(batches), min(asked, ENOUGH)
+    if program.kind == "encoder" and all(map(_is_padded, batches)):
+        wanted = max(closed, trained)
+        return min(have, wanted - have) if have < _NEARLY * wanted else 0
     allowed = int(WORK / program.num_parameters)
-    more = lacking(program, have, trained)
-    more = min(more, allowed) if 2 * allowed >= more else 0
-    return max(lacking(program, have, min(asked, ENOUGH)), more)
+    longer = lacking(program, have, trained)
+    longer = min(longer, allowed) if 2 * allowed >= longer else 0
+    return max(lacking(program, have, closed), longer)
 
 
 def lacking(program: Program, have: int, wanted: int) -> int:
     """Tokens to tell, of decoders alone; none where three quarters are there."""
-    return 0 if program.kind != "decoder" or have >= 0.75 * wanted else wanted - have
+    return 0 if program.kind != "decoder" or have >= _NEARLY * wanted else wanted - have
 
 
 def judged_on(batches: Sequence[Batch], asked: int) -> int:
@@ -68,8 +77,9 @@ def stretched(
     first (`carve.calibration.hold_back`) and is not told again.
 
     Args:
-        program: a decoder, which gives logits ``[B, S, V]`` and its cache.
-        batches: of token ids ``[B, S]`` int64, then positions and an empty cache.
+        program: a decoder, which gives logits ``[B, S, V]`` and its cache; or an encoder, whose
+            rows are cut anew (`recut`).
+        batches: of token ids ``[B, S]`` int64, then positions and an empty cache, or the mask.
         tokens: to add, see `missing`.
         judge: tokens to judge on, were there enough text.
         generator: for every draw.
@@ -80,8 +90,60 @@ def stretched(
     rest, judged = hold_back(batches, judge)
     kept = tokens_in(rest) + tokens_in(judged) > tokens_in(batches)
     first = [] if kept else judged  # among the rest, where there are few rows
-    told = once("told", lambda: told_again(program, rest, tokens, generator, progress))
-    return [*first, *rest, *decoder_batches(program, told, 8)], judge
+    return [*first, *rest, *more(program, rest, tokens, generator, progress, once)], judge
+
+
+def more(
+    program: Program,
+    batches: Sequence[Batch],
+    tokens: int,
+    generator: torch.Generator,
+    progress: Callable[[Sequence[Tensor]], Iterator[Tensor]] = iter,
+    once: Callable[[str, Callable[[], Tensor]], Tensor] = lambda _, make: make(),
+) -> list[Batch]:
+    """About ``tokens`` tokens more than ``batches`` have; arguments as those of `stretched`."""
+    if not tokens:
+        return []
+    if program.kind == "encoder":
+        return recut(batches, tokens, generator)
+    told = once("told", lambda: told_again(program, batches, tokens, generator, progress))
+    return decoder_batches(program, told, 8)
+
+
+def _is_padded(batch: Batch) -> bool:
+    """Whether a batch is of token ids and the mask of those that count, and of nothing else."""
+    mask = batch.mask
+    return mask is not None and len(batch.inputs) == 2 and bool((batch.inputs[1] == mask).all())
+
+
+def recut(batches: Sequence[Batch], tokens: int, generator: torch.Generator) -> list[Batch]:
+    """About ``tokens`` tokens of an encoder's text, their rows cut elsewhere.
+
+    The rows of ``batches`` ``[B, S]`` one after another in a new order, cut into rows of the same
+    lengths in another one; a token that most rows begin with or end with stays at their ends. No
+    more than there are.
+    """
+    rows: list[list[int]] = []
+    for batch in batches:
+        assert batch.mask is not None
+        rows += [ids[on].tolist() for ids, on in zip(batch.inputs[0], batch.mask, strict=True)]
+    first, last = (_usual([r[at] for r in rows]) for at in (0, -1))
+    bodies = [r[r[:1] == first : len(r) - (r[-1:] == last)] for r in rows]
+    order, again = (torch.randperm(len(rows), generator=generator).tolist() for _ in range(2))
+    every = iter([token for i in order for token in bodies[i]])
+    found: list[list[int]] = []
+    for i in again:
+        if tokens <= 0:
+            break
+        found.append([*first, *islice(every, len(bodies[i])), *last])
+        tokens -= len(found[-1])
+    return padded_batches(found, len(batches[0].inputs[0]))
+
+
+def _usual(tokens: Sequence[int]) -> list[int]:
+    """The token that more than half of them are, if there is one."""
+    token, count = Counter(tokens).most_common(1)[0]
+    return [token] if 2 * count > len(tokens) else []
 
 
 def told_again(

@@ -98,7 +98,9 @@ class Scene:
         return self.body(tokens) + self.head(tokens)
 
     def told(self, tokens: float) -> Work:
-        """Text that the model makes, a token of every row a run."""
+        """Text that a decoder makes, a token of every row a run."""
+        if self.program.kind != "decoder":
+            return Work()
         return Work(positions=tokens, runs=math.ceil(tokens / ROWS))
 
     def judged(self, tokens: float) -> Work:
@@ -240,6 +242,8 @@ def _distill(scene: Scene, p: Pass[Any]) -> Work:
 
 
 def _finetune(scene: Scene, p: Pass[Any]) -> Work:
+    if not p.config.serves(scene.program):
+        return Work()
     t, steps = _steps_of(scene, p.config, scene.tokens.calibration)
     weights = sum(s.dense.macs for s, _ in scene.carved)
     loss = Work(elements=20.0 * t * scene.vocabulary)

@@ -105,7 +105,9 @@ class Distill(Pass[DistillConfig]):
     def _learn(self, lesson: Lesson, steps: int, context: Context) -> tuple[Fit, float, float]:
         """Steps, then the closed form; the error on held-out tokens before and after the steps."""
         site = lesson.site
-        routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
+        routed = calibrated(
+            need_routed(site, self.name), lesson.x[: context.given], context.experts(site)
+        )
         generator = context.generator(f"distill {site.name}")
         form = context.request.form
         model = MaskedFFN(routed, form=form)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from carve.calibration import Batch
+from carve.calibration import Batch, limit_batches
 from carve.dialect import select
 from carve.end_to_end import (
     TrainingConfig,
@@ -34,12 +34,19 @@ class FinetuneConfig(TrainingConfig):
     """Settings of `Finetune`, besides those of `carve.end_to_end.TrainingConfig`.
 
     ``rate`` and ``router_rate``: step sizes relative to the size of each tensor. ``rank``: of
-    low-rank corrections to the matrices; 0 trains the matrices themselves.
+    low-rank corrections to the matrices; 0 trains the matrices themselves. ``decoders_only``:
+    nothing is done for other models, whose layers have learnt from the last result's own parts
+    already.
     """
 
     rate: float = 0.01
     router_rate: float = 0.001
     rank: int = 0
+    decoders_only: bool = False
+
+    def serves(self, program: Program) -> bool:
+        """Whether anything is done for a program."""
+        return program.kind == "decoder" or not self.decoders_only
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,8 @@ class Finetune(Pass[FinetuneConfig]):
         c = self.config
         dense = context.dense
         assert dense is not None
-        apart, batches = _apart(context.stream or context.batches)
-        plan = c.plan(dense, batches, context.generator(self.name))
+        batches = context.stream or context.batches
+        plan = c.plan(dense, batches, context.generator(self.name)) if c.serves(program) else []
         if not plan:
             return FinetuneMetrics([], 0, 0, kept=False)
         losses: list[float] = []
@@ -110,7 +117,8 @@ class Finetune(Pass[FinetuneConfig]):
                 save_seconds=c.save_seconds,
                 after_step=lambda: balance.hold(balance.last(), 0.02),
             )
-            means = self._settle(program, models, balance, apart)
+            given = limit_batches(context.batches, context.given or tokens_in(context.batches))
+            means = self._settle(program, models, balance, given)
             for site in program.carved:
                 routed = models[site.name].export()
                 program.set_routed(site, replace(routed, mean_top_k=means.get(site.name)))
@@ -150,16 +158,6 @@ class Finetune(Pass[FinetuneConfig]):
         shift = balance.hold([*scores.values()])
         chosen = {n: select(x - shift, models[n].source.top_k, True) for n, x in scores.items()}
         return {n: float(mask.sum(1).float().mean()) for n, mask in chosen.items()}
-
-
-def _apart(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Batches that say how many experts a token takes, and those that are trained on.
-
-    The same where there are few. Of text that a router was trained on a token takes fewer experts
-    than of any other.
-    """
-    count = min(4, len(batches) // 8)
-    return (batches[:count], batches[count:]) if count else (batches, batches)
 
 
 def _optimizers(groups: Sequence[dict[str, object]]) -> list[torch.optim.Optimizer]:

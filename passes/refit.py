@@ -71,7 +71,9 @@ class Refit(Pass[RefitConfig]):
 
     def _fit(self, lesson: Lesson, context: Context) -> Fit:
         site = lesson.site
-        routed = calibrated(need_routed(site, self.name), lesson.x, context.experts(site))
+        routed = calibrated(
+            need_routed(site, self.name), lesson.x[: context.given], context.experts(site)
+        )
         return refit_down(
             routed,
             lesson.x,

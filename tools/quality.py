@@ -41,7 +41,6 @@ from carve.budget import make_request, plan_widths
 from carve.calibration import (
     Batch,
     SiteInputs,
-    decoder_batches,
     hold_back,
     load_tokenizer,
     read_text,
@@ -56,7 +55,7 @@ from carve.passbase import Context, Pass, PassManager
 from carve.program import Program
 from carve.realised import realised
 from carve.report import table
-from carve.retell import missing, told_again
+from carve.retell import missing, more, tokens_in
 from carve.sites import FFN, FFNSite
 from carve.statistics import expert_energy
 
@@ -106,15 +105,12 @@ class Bench:
         self._longer: tuple[list[Batch], SiteInputs] | None = None
 
     def longer(self) -> tuple[list[Batch], SiteInputs]:
-        """The text and what the dense model tells beside it, as conversions that train have it."""
+        """The text with more of it, as conversions that train have it."""
         if self._longer is None:
-            asked = default_tokens(ConvertConfig(budget=0.5), self.program.num_parameters).distinct
-            lacking = missing(self.program, self.batches, 0, asked)
-            batches = self.batches
-            if lacking:
-                generator = torch.Generator().manual_seed(self.seed)
-                rows = told_again(self.program, self.batches, lacking, generator)
-                batches = [*batches, *decoder_batches(self.program, rows, 8)]
+            asked = default_tokens(ConvertConfig(budget=0.5), self.program.num_parameters)
+            lacking = missing(self.program, self.batches, asked.calibration, asked.distinct)
+            generator = torch.Generator().manual_seed(self.seed)
+            batches = [*self.batches, *more(self.program, self.batches, lacking, generator)]
             self._longer = batches, SiteInputs.collect(self.program, batches)
         return self._longer
 
@@ -141,6 +137,7 @@ class Bench:
             self.seed,
             judge=self.judge.loss,
             dense=self.program,
+            given=tokens_in(self.batches),
         )
 
     def carve(self, share: float, policy: str, longer: bool, *passes: Pass[Any]) -> Rows:

@@ -20,12 +20,13 @@ from carve.calibration import (
     decoder_batches,
     hold_back,
     load_tokenizer,
+    padded_batches,
     text_batches,
 )
 from carve.capture import capture_checkpoint
 from carve.config import ConvertConfig
 from carve.program import Program
-from carve.retell import ENOUGH, KEPT, missing, stretched, tokens_in
+from carve.retell import ENOUGH, KEPT, missing, recut, stretched, tokens_in
 from carve.state_folder import Course
 
 REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
@@ -121,6 +122,40 @@ def test_it_is_what_the_model_would_say() -> None:
     *_, again = told(program, given, 500)
     assert loss(given[0]) < 5
     assert loss(again) < 5 < 9 < loss(nonsense[0])
+
+
+def test_an_encoders_rows_are_cut_elsewhere(captured: Get) -> None:
+    program = captured("bert").program
+    bodies = [[10 + 7 * i + j for j in range(3 + i % 5)] for i in range(40)]
+    rows = [[1, *b, 2] for b in bodies]
+    rows[3] = rows[3][:-1]  # as if it had been cut at the greatest length
+    batches = padded_batches(rows, 4)
+    have = tokens_in(batches)
+    assert missing(program, batches, 10**6) == have
+    assert missing(program, batches, have, have + 30) == 0
+    assert missing(program, batches, have, 2 * have) == have
+
+    def seen(batches: Sequence[Batch]) -> list[list[int]]:
+        found = []
+        for batch in batches:
+            assert batch.mask is not None
+            found += [r[m].tolist() for r, m in zip(batch.inputs[0], batch.mask, strict=True)]
+        return found
+
+    one, same, other = (
+        recut(batches, have, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    cut = seen(one)
+    assert cut == seen(same) != seen(other)
+    assert all(r[0] == 1 and r[-1] == 2 and 1 not in r[1:] and 2 not in r[:-1] for r in cut)
+    assert sorted(len(r) - 2 for r in cut) == sorted(map(len, bodies))
+    assert sorted(t for r in cut for t in r[1:-1]) == sorted(t for b in bodies for t in b)
+    assert sum(r in rows for r in cut) < len(rows) // 4
+    few = recut(batches, 50, torch.Generator().manual_seed(0))
+    assert 50 <= tokens_in(few) < 60
+    longer, _ = stretched(program, batches, 50, 8, torch.Generator().manual_seed(0))
+    assert have + 50 <= tokens_in(longer) < have + 60
+    assert not {*map(tuple, seen(longer[-1:]))} & {*map(tuple, rows)}
 
 
 def test_what_was_told_is_kept(checkpoint: Path, tmp_path: Path) -> None:
