@@ -35,8 +35,7 @@ class FinetuneConfig(TrainingConfig):
 
     ``rate`` and ``router_rate``: step sizes relative to the size of each tensor. ``rank``: of
     low-rank corrections to the matrices; 0 trains the matrices themselves. ``decoders_only``:
-    nothing is done for other models, whose layers have learnt from the last result's own parts
-    already.
+    nothing is done for other models, to whose last hidden states `distill` leads already.
     """
 
     rate: float = 0.01

@@ -66,7 +66,7 @@ def test_answer(done: Done) -> None:
     assert 0 < a["ffn_active"] < a["budget"]["realised"]
     assert a["seconds"] > 0
     assert a["peak_rss_mb"] > 50
-    first = ["profile", "allocate", "carve", "route_ridge", "refit", "distill"]
+    first = ["profile", "allocate", "carve", "route_ridge", "refit", "distill", "finetune"]
     last = ["quantize", "emit onnx-cpu", "emit onnx-split"]
     assert [p["name"] for p in a["passes"]] == [*first, *last]
     for p in a["passes"]:
