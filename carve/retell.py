@@ -20,7 +20,7 @@ from carve.program import Program
 ENOUGH = 24_576
 """Tokens from which on closed forms take text as it is."""
 WORK = 4e12
-"""Multiply-accumulates at the most that go into text for training."""
+"""Multiply-accumulates at the most of a run over what is told for training: minutes, and memory."""
 KEPT = 8
 """Most tokens that a row keeps."""
 _NEARLY = 0.75
@@ -40,14 +40,17 @@ def missing(program: Program, batches: Sequence[Batch], asked: int, trained: int
     ``trained``: tokens to train on, as far as `WORK` goes; nothing where it does not go half way.
     For an encoder no more than there are.
     """
-    have, closed = tokens_in(batches), min(asked, ENOUGH)
-    if program.kind == "encoder" and all(map(_is_padded, batches)):
-        wanted = max(closed, trained)
+    have = tokens_in(batches)
+    cut = program.kind == "encoder" and all(map(_is_padded, batches))
+
+    def lacks(wanted: int) -> int:
+        if not cut:
+            return lacking(program, have, wanted)
         return min(have, wanted - have) if have < _NEARLY * wanted else 0
-    allowed = int(WORK / program.num_parameters)
-    longer = lacking(program, have, trained)
+
+    allowed, longer = int(WORK / program.num_parameters), lacks(trained)
     longer = min(longer, allowed) if 2 * allowed >= longer else 0
-    return max(lacking(program, have, closed), longer)
+    return max(lacks(min(asked, ENOUGH)), longer)
 
 
 def lacking(program: Program, have: int, wanted: int) -> int:
