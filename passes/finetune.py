@@ -10,20 +10,8 @@ from torch import Tensor, nn
 
 from carve.calibration import Batch, limit_batches
 from carve.dialect import select
-from carve.end_to_end import (
-    TrainingConfig,
-    divergence,
-    quarters,
-    train,
-)
-from carve.passbase import (
-    Context,
-    ContractError,
-    Pass,
-    need_notes,
-    need_routed,
-    unless_worse,
-)
+from carve.end_to_end import TrainingConfig, divergence, quarters, train
+from carve.passbase import Context, ContractError, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
 from carve.retell import tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from carve.arithmetic import as_emitted, grids_of, rounded
 from carve.calibration import Batch, decoder_batches
 from carve.dialect import LinearRule, linear_rule
-from carve.end_to_end import (
-    LEAST_STEPS,
-    TrainingConfig,
-    divergence,
-    quarters,
-    train,
-)
+from carve.end_to_end import LEAST_STEPS, TrainingConfig, divergence, quarters, train
 from carve.grid import Grid
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
