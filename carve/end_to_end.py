@@ -47,10 +47,20 @@ class TrainingConfig:
         allowed = int(self.work / (4 * parameters)) if self.work else self.tokens
         return min(self.tokens, self.rounds * distinct, allowed)
 
+    def serves(self, program: Program) -> bool:
+        """Whether anything is done for a program."""
+        return True
+
+    def told(self, dense: Program, given: int) -> int:
+        """Distinct tokens to be told for the pass alone, besides the given ones."""
+        return 0
+
     def plan(
         self, program: Program, batches: Sequence[Batch], generator: torch.Generator
     ) -> list[Batch]:
         """A batch for every step; none where there would be fewer than `LEAST_STEPS`."""
+        if not self.serves(program):
+            return []
         parts = in_parts(batches, self.batch)
         tokens = self.tokens_for(program.num_parameters, tokens_in(parts))
         plan = in_order(parts, tokens, generator)

@@ -13,13 +13,14 @@ from typing import Any
 from carve.config import ConvertConfig, parse_size
 from carve.emit.hf import stored_dtype
 from carve.emit.tvm.names import PREFIX
+from carve.end_to_end import TrainingConfig
 from carve.engine_form import FOREIGN
 from carve.errors import UserError
 from carve.grid import BLOCK, large_table
 from carve.passbase import Pass
 from carve.placement.sizes import planned_sizes
 from carve.rates import Rates
-from carve.workload import COUNTED, Scene, around, emitting
+from carve.workload import COUNTED, Scene, around, emitting, training
 
 _PAGE = 1e5
 """Bytes of reports and recipe, whatever the model."""
@@ -84,9 +85,10 @@ def room_of(
     output = sum(each.values()) + scene.copied + _PAGE
     # A target is written from one copy of its weights and compared in another.
     emission = 3.0 * max(each.values())
-    steps = {p.name: p.config.batch for p in passes if p.name in ("finetune", "tune_grids")}
+    trained = [p for p in passes if isinstance(p.config, TrainingConfig)]
+    steps = {p.name: p.config.batch for p in trained if training(scene, p.config)[1]}
     memory = resident + max(_working(scene, names, steps), emission)
-    return Room(memory, output, _state(scene, passes, seconds or {}))
+    return Room(memory, output, _state(scene, passes, steps, seconds or {}))
 
 
 def _stored(scene: Scene) -> tuple[float, float]:
@@ -119,8 +121,15 @@ def _outputs(scene: Scene, config: ConvertConfig) -> dict[str, float]:
     }
 
 
-def _state(scene: Scene, passes: Sequence[Pass[Any]], seconds: Mapping[str, float]) -> float:
-    """Most bytes of the states of all passes: each stores what it changed.
+def _state(
+    scene: Scene,
+    passes: Sequence[Pass[Any]],
+    steps: Mapping[str, int],
+    seconds: Mapping[str, float],
+) -> float:
+    """Most bytes of the states of all passes: each stores what it changed; told text is there too.
+
+    ``steps``: see `_working`.
 
     Training keeps weights and two moments, and the former ones until new ones are written; what
     takes less than its ``save_seconds`` keeps none, and less than twice of them one.
@@ -147,14 +156,14 @@ def _state(scene: Scene, passes: Sequence[Pass[Any]], seconds: Mapping[str, floa
         "quantize": rounded + (ffns + others if "tune_grids" in names else 0.0),
         "tune_grids": rounded,
     }
-    training = {"finetune": 12.0 * ffns, "tune_grids": 12.0 * (ffns + others)}
+    moments = {"finetune": 12.0 * ffns, "tune_grids": 12.0 * (ffns + others)}
     stored = most = 8.0 * scene.tokens.told
     for p in passes:
-        if p.name in training:
+        if p.name in steps:
             each_save = p.config.save_seconds
             took = seconds.get(p.name, 2 * each_save)
             copies = (took >= each_save) + (took >= 2 * each_save)
-            most = max(most, stored + copies * training[p.name])
+            most = max(most, stored + copies * moments[p.name])
         stored += each.get(p.name, 0.0)
     return max(most, stored)
 
@@ -186,7 +195,7 @@ def _trained(scene: Scene, name: str, step: int) -> float:
 def _working(scene: Scene, names: Sequence[str], steps: Mapping[str, int]) -> float:
     """Most bytes that passes hold at once, beside the weights that are there when they begin.
 
-    ``steps``: tokens a step of passes that train the whole program.
+    ``steps``: tokens a step of passes that train the whole program, and do.
     """
     carved, linears = _stored(scene)
     t = scene.layerwise

@@ -192,6 +192,17 @@ def need_notes(program: Program, key: str, by: str) -> Any:
     return program.notes[key]
 
 
+def need_dense(context: Context, by: str) -> Program:
+    """The program as it was before the first pass.
+
+    Raises:
+        ContractError: nobody kept it.
+    """
+    if context.dense is None:
+        raise ContractError("contract", f"{by} needs the dense program")
+    return context.dense
+
+
 def need_routed(site: FFNSite, by: str) -> RoutedFFN:
     """The routed weights of a carved site.
 

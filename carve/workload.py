@@ -242,29 +242,29 @@ def _distill(scene: Scene, p: Pass[Any]) -> Work:
 
 
 def _finetune(scene: Scene, p: Pass[Any]) -> Work:
-    if not p.config.serves(scene.program):
-        return Work()
-    t, steps = _steps_of(scene, p.config, scene.tokens.calibration)
+    t, steps, _ = training(scene, p.config)
     weights = sum(s.dense.macs for s, _ in scene.carved)
     loss = Work(elements=20.0 * t * scene.vocabulary)
     # The dense program runs beside; what is not trained passes gradients on all the same.
-    training = Work(training=t * scene.program.num_parameters, updates=weights * steps)
+    work = Work(training=t * scene.program.num_parameters, updates=weights * steps)
     if not p.config.rank:
-        training += Work(products=sum(_orthogonal(s.dense) for s, _ in scene.carved)) * steps
-    return scene.forward(t) + training + loss
+        work += Work(products=sum(_orthogonal(s.dense) for s, _ in scene.carved)) * steps
+    return scene.forward(t) + work + loss
 
 
-def _steps_of(scene: Scene, config: TrainingConfig, distinct: int) -> tuple[float, float]:
-    """Tokens that a pass which trains the whole program sees, and its steps."""
-    t = config.tokens_for(scene.program.num_parameters, distinct)
+def training(scene: Scene, config: TrainingConfig) -> tuple[float, float, int]:
+    """Tokens that a pass which trains the whole program sees, its steps, and tokens told for it."""
+    if not config.serves(scene.program):
+        return 0.0, 0.0, 0
+    told = config.told(scene.program, scene.tokens.calibration)
+    t = config.tokens_for(scene.program.num_parameters, scene.tokens.calibration + told)
     steps = t / min(config.batch, scene.usual)
-    return (t, steps) if steps >= LEAST_STEPS else (0.0, 0.0)
+    return (t, steps, told) if steps >= LEAST_STEPS else (0.0, 0.0, told)
 
 
 def _tune_grids(scene: Scene, p: Pass[Any]) -> Work:
     weights = scene.program.num_parameters
-    told = p.config.told(scene.program, scene.tokens.calibration)
-    t, steps = _steps_of(scene, p.config, scene.tokens.calibration + told)
+    t, steps, told = training(scene, p.config)
     # The dense program's way forward, and this one's, which costs twice as much backwards; its
     # weights are made of levels and scales at every step, and both move.
     runs = scene.forward(t) * 4 + (scene.routed(t) + scene.emulated(t)) * 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from carve.calibration import Batch, limit_batches
 from carve.dialect import select
 from carve.end_to_end import TrainingConfig, divergence, quarters, train
-from carve.passbase import Context, ContractError, Pass, need_notes, need_routed, unless_worse
+from carve.passbase import Context, Pass, need_dense, need_notes, need_routed, unless_worse
 from carve.program import Program
 from carve.retell import tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision
@@ -69,16 +69,14 @@ class Finetune(Pass[FinetuneConfig]):
     def requires(self, program: Program, context: Context) -> None:
         """Needs carved sites with linear routers, and the dense program."""
         need_notes(program, "carve", self.name)
-        if context.dense is None:
-            raise ContractError("contract", f"{self.name} needs the dense program")
+        need_dense(context, self.name)
 
     def call(self, program: Program, context: Context) -> FinetuneMetrics:
         """Train, then set the thresholds anew and keep what is better."""
         c = self.config
-        dense = context.dense
-        assert dense is not None
+        dense = need_dense(context, self.name)
         batches = context.stream or context.batches
-        plan = c.plan(dense, batches, context.generator(self.name)) if c.serves(program) else []
+        plan = c.plan(dense, batches, context.generator(self.name))
         if not plan:
             return FinetuneMetrics([], 0, 0, kept=False)
         losses: list[float] = []

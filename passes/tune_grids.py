@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carve.arithmetic import as_emitted, grids_of, rounded
-from carve.calibration import Batch, decoder_batches
+from carve.calibration import Batch
 from carve.dialect import LinearRule, linear_rule
 from carve.end_to_end import LEAST_STEPS, TrainingConfig, divergence, quarters, train
 from carve.grid import Grid
-from carve.passbase import Context, ContractError, Pass
+from carve.passbase import Context, ContractError, Pass, need_dense
 from carve.program import Program
-from carve.retell import lacking, tokens_in, told_again
+from carve.retell import lacking, more, tokens_in
 
 _INSIDE, _END = 0.49, 0.499
 """Of a level, how far from its middle a weight may start, and how far out it may go at the ends."""
@@ -237,18 +237,22 @@ class TuneGrids(Pass[TuneGridsConfig]):
             raise ContractError(
                 "contract", f"{self.name} needs weights on grids", "run the quantize pass before"
             )
-        if context.dense is None:
-            raise ContractError("contract", f"{self.name} needs the dense program")
+        need_dense(context, self.name)
 
     def call(self, program: Program, context: Context) -> TuneGridsMetrics:
         """Train, and take the new grids where they are better."""
         c = self.config
-        dense = context.dense
-        assert dense is not None
+        dense = need_dense(context, self.name)
         batches = [*(context.stream or context.batches)]
         told = c.told(dense, tokens_in(batches))
-        if told:
-            batches += self._told(dense, batches, told, context)
+        batches += more(
+            dense,
+            batches,
+            told,
+            context.generator("told"),
+            lambda rows: context.progress(rows, f"{self.name}: text told again"),
+            context.partial.once,
+        )
         plan = c.plan(dense, batches, context.generator(self.name))
         grids = Grids(program)
         count = sum(log.numel() for log in grids.logs)
@@ -279,17 +283,6 @@ class TuneGrids(Pass[TuneGridsConfig]):
             after,
             kept=kept,
         )
-
-    def _told(
-        self, dense: Program, batches: Sequence[Batch], tokens: int, context: Context
-    ) -> list[Batch]:
-        def tell() -> Tensor:
-            label, generator = f"{self.name}: text told again", context.generator("told")
-            return told_again(
-                dense, batches, tokens, generator, lambda rows: context.progress(rows, label)
-            )
-
-        return decoder_batches(dense, context.partial.once("told", tell), 8)
 
     def _train(
         self,

@@ -201,6 +201,15 @@ def test_settings_of_passes(prepared: Prepared) -> None:
     assert step("allocate", tokens=256) < step("allocate", tokens=1500)
 
 
+def test_training_that_takes_too_long_is_left_out(prepared: Prepared) -> None:
+    usual = forecast(prepared)
+    none = forecast(prepared, {name: {"work": 1.0} for name in ("finetune", "tune_grids")})
+    assert usual.seconds["finetune"] > 0 and usual.seconds["tune_grids"] > 0
+    assert none.seconds["finetune"] == none.seconds["tune_grids"] == 0
+    assert none.room.memory < usual.room.memory
+    assert none.room.state < usual.room.state
+
+
 def test_every_kind_of_work_costs(prepared: Prepared) -> None:
     kinds = [f.name for f in fields(Work)]
     assert kinds == [f.name for f in fields(Rates)]
