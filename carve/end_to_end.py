@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carve import training_state
@@ -68,41 +69,53 @@ class TrainingConfig:
 
 
 class _Divergence(torch.autograd.Function):
-    """``KL(p || q)`` of logits ``[T, V]``, mean over rows; its gradient is ``(q - p) / T``.
+    """``KL(p || q)`` of logits ``[T, V]``, and of labels ``[T]`` beside; see `divergence`.
 
-    Some rows at a time, for both distributions and what autograd would keep of them are several
-    times the logits.
+    With ``t = (1 - w) p + w e_y`` the gradient is ``(q - t) / T``; a label below 0 is none. Some
+    rows at a time, for both distributions and what autograd would keep of them are several times
+    the logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, want: Tensor, have: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, want: Tensor, have: Tensor, labels: Tensor | None, weight: float
+    ) -> Tensor:
         gradient = torch.empty_like(have)
         total = torch.zeros((), dtype=torch.float64)
-        parts = (t.split(256) for t in (want, have, gradient))
-        for wanted, found, part in zip(*parts, strict=True):
-            p, q = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
-            each = p.exp()
-            total += (each * (p - q)).sum()
-            part.copy_((q.exp() - each) / len(have))
+        for start in range(0, len(have), 256):
+            part = slice(start, start + 256)
+            p, q = want[part].float().log_softmax(-1), have[part].float().log_softmax(-1)
+            target = p.exp()
+            if labels is not None:
+                index = labels[part, None]
+                share = torch.where(index < 0, 0.0, weight)
+                target *= 1.0 - share
+                target.scatter_add_(1, index.clamp_min(0), share)
+            total += (target * (p - q)).sum()
+            gradient[part] = (q.exp() - target) / len(have)
         ctx.save_for_backward(gradient)
         return (total / len(have)).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient * grads[0]
+        return None, gradient * grads[0], None, None
 
 
-def divergence(kind: Kind, want: Tensor, have: Tensor, batch: Batch) -> Tensor:
+def divergence(kind: Kind, want: Tensor, have: Tensor, batch: Batch, labels: float = 0.0) -> Tensor:
     """How far a program's first result is from the dense one's, a scalar with a gradient.
 
-    ``E_t KL(p(. | x_<t) || q(. | x_<t))`` in nats for a decoder, with ``p`` of the logits ``want``
-    and ``q`` of ``have`` ``[B, S, V]``; else ``|have - want|^2 / |want|^2`` over tokens that count.
-    Source: Hinton et al. (arXiv 1503.02531), temperature 1.
+    ``E_t (1 - w) KL(p(. | x_<t) || q(. | x_<t)) + w log(p(x_t) / q(x_t))`` in nats for a decoder,
+    with ``p`` of the logits ``want`` and ``q`` of ``have`` ``[B, S, V]``, ``x`` the text of
+    ``batch`` and ``w`` the weight ``labels``; else ``|have - want|^2 / |want|^2`` over tokens that
+    count. Source: Hinton et al. (arXiv 1503.02531), temperature 1.
     """
     if kind == "decoder":
+        text = None
+        if labels:
+            text = F.pad(batch.inputs[0][:, 1:], (0, 1), value=-1).flatten()
         rows = (t.flatten(0, 1) for t in (want, have))
-        found: Tensor = _Divergence.apply(*rows)  # type: ignore[no-untyped-call]
+        found: Tensor = _Divergence.apply(*rows, text, labels)  # type: ignore[no-untyped-call]
         return found
     want, have = want.float(), have.float()
     if batch.mask is not None and want.ndim == 3:

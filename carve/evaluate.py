@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -78,10 +79,22 @@ class Evaluator:
         ]
         return small
 
-    def loss(self, program: Program, replace: Mapping[str, FFN] | None = None) -> float:
-        """KL to the dense program, or 1 - mean cosine for encoders."""
+    def loss(
+        self,
+        program: Program,
+        replace: Mapping[str, FFN] | None = None,
+        labels: float = 0.0,
+    ) -> float:
+        """KL to the dense program, or 1 - mean cosine for encoders.
+
+        Of a decoder the increase of log-perplexity over the dense one counts with the weight
+        ``labels``, and the KL with the rest.
+        """
         quality = self(program, replace)
-        return quality.kl if isinstance(quality, LanguageQuality) else 1.0 - quality.cosine_mean
+        if not isinstance(quality, LanguageQuality):
+            return 1.0 - quality.cosine_mean
+        more = math.log(quality.perplexity / quality.dense_perplexity)
+        return (1.0 - labels) * quality.kl + labels * more
 
     def __call__(self, program: Program, replace: Mapping[str, FFN] | None = None) -> Quality:
         """Quality of ``program`` in torch, with ``replace`` as in `Program.run`."""

@@ -30,8 +30,10 @@ Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 class Judge(Protocol):
     """Gives a program's loss, see `Context`."""
 
-    def __call__(self, program: Program, replace: Mapping[str, FFN] | None = None, /) -> float:
-        """The loss of ``program``, with ``replace`` as in `Program.run`."""
+    def __call__(
+        self, program: Program, replace: Mapping[str, FFN] | None = None, labels: float = 0.0, /
+    ) -> float:
+        """The loss of ``program``, with ``replace`` and ``labels`` as in `Evaluator.loss`."""
 
 
 def silent(items: Sequence[Any], label: str) -> Iterator[Any]:
@@ -216,7 +218,9 @@ def need_routed(site: FFNSite, by: str) -> RoutedFFN:
     return site.routed
 
 
-def unless_worse(program: Program, context: Context | None, rewrite: Callable[[], None]) -> bool:
+def unless_worse(
+    program: Program, context: Context | None, rewrite: Callable[[], None], labels: float = 0.0
+) -> bool:
     """Run ``rewrite`` and undo it unless the program's loss, end to end, got lower.
 
     A lower error of every layer is not a better model. Without a judge the rewrite is kept.
@@ -228,10 +232,10 @@ def unless_worse(program: Program, context: Context | None, rewrite: Callable[[]
     if judge is None:
         rewrite()
         return True
-    before = judge(program)
+    before = judge(program, None, labels)
     kept = [(s, s.routed, s.tuned) for s in program.carved]
     rewrite()
-    if judge(program) < before:
+    if judge(program, None, labels) < before:
         return True
     for site, routed, tuned in kept:
         if routed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,19 +17,25 @@ from carve.program import Program
 from carve.retell import tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision
 
+_FAR = 0.04
+"""Loss from which on steps have their full size."""
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainingConfig):
     """Settings of `Finetune`, besides those of `carve.end_to_end.TrainingConfig`.
 
-    ``rate`` and ``router_rate``: step sizes relative to the size of each tensor. ``rank``: of
-    low-rank corrections to the matrices; 0 trains the matrices themselves. ``decoders_only``:
-    nothing is done for other models, to whose last hidden states `distill` leads already.
+    ``rate`` and ``router_rate``: step sizes relative to the size of each tensor, where 0.04 or more
+    is lost. ``rank``: of low-rank corrections to the matrices; 0 trains the matrices themselves.
+    ``labels``: weight of the text's own tokens beside the dense program's predictions, 0 to 1, for
+    decoders. ``decoders_only``: nothing is done for other models, to whose last hidden states
+    `distill` leads already.
     """
 
     rate: float = 0.01
     router_rate: float = 0.001
     rank: int = 0
+    labels: float = 0.0
     decoders_only: bool = False
 
     def serves(self, program: Program) -> bool:
@@ -54,7 +61,10 @@ class Finetune(Pass[FinetuneConfig]):
 
     ``min E_t KL(p(. | x_<t) || q(. | x_<t))`` over experts, compensation and routers, ``p`` the
     dense program's next-token distribution and ``q`` the routed one's; for encoders the squared
-    error of the hidden states relative to their size. Everything else of the program stays. The
+    error of the hidden states relative to their size. The text's own next tokens count beside with
+    the weight ``labels`` (see `carve.end_to_end.divergence`): a program that misses the dense one
+    by little misses the text by more, for what is lost is what the dense one knows of it.
+    Everything else of the program stays. The
     routers learn by a straight-through mask, and their biases hold what all experts together cost a
     token; how the sites share it is learnt too (`carve.tuning.Balance`). No label of the text is
     used, so any text serves. Matrices take the steps of Muon (Jordan et al., 2024), which wins
@@ -91,12 +101,14 @@ class Finetune(Pass[FinetuneConfig]):
                 )
                 for s in program.carved
             }
+            share = self._steps(program, dense, models, plan[:2])
+            rates = c.rate * share, c.router_rate * share
             balance = Balance(models, {s.name: context.experts(s) for s in program.carved})
             losses[:] = train(
                 nn.ModuleDict({n.replace(".", "/"): m for n, m in models.items()}),
-                _optimizers([g for m in models.values() for g in m.groups(c.rate, c.router_rate)]),
+                _optimizers([g for m in models.values() for g in m.groups(*rates)]),
                 plan,
-                lambda batch: self._loss(program, dense, models, batch),
+                lambda batch: self._loss(program, dense, models, batch, c.labels),
                 context,
                 self.name,
                 save_seconds=c.save_seconds,
@@ -109,19 +121,36 @@ class Finetune(Pass[FinetuneConfig]):
                 program.set_routed(site, replace(routed, mean_top_k=means.get(site.name)))
                 site.tuned = True
 
-        kept = unless_worse(program, context if c.judge else None, rewrite)
+        kept = unless_worse(program, context if c.judge else None, rewrite, c.labels)
         seen = tokens_in(plan)
         return FinetuneMetrics(quarters(losses), seen, min(tokens_in(batches), seen), kept)
 
+    @torch.no_grad()
+    def _steps(
+        self,
+        program: Program,
+        dense: Program,
+        models: dict[str, MaskedFFN],
+        batches: Sequence[Batch],
+    ) -> float:
+        """Share of their full size that steps take."""
+        losses = [float(self._loss(program, dense, models, b)) for b in batches]
+        return min(1.0, math.sqrt(sum(losses) / len(losses) / _FAR))
+
     def _loss(
-        self, program: Program, dense: Program, models: dict[str, MaskedFFN], batch: Batch
+        self,
+        program: Program,
+        dense: Program,
+        models: dict[str, MaskedFFN],
+        batch: Batch,
+        labels: float = 0.0,
     ) -> Tensor:
         taught = {s.name: s.dense for s in dense.sites}
         with mixed_precision():
             with torch.no_grad():
                 want = dense.differentiable(*batch.inputs, replace=taught, only_first=True)[0]
             have = program.differentiable(*batch.inputs, replace=models, only_first=True)[0]
-        return divergence(program.kind, want, have, batch)
+        return divergence(program.kind, want, have, batch, labels)
 
     @torch.no_grad()
     def _settle(

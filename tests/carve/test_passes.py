@@ -295,7 +295,7 @@ def test_judged_compensation_is_kept_only_where_it_helps(setting: Setting) -> No
         assert (site.routed.expert_bias is not None) == result.metrics["kept"][site.name]
     # A judge that never sees an improvement keeps nothing.
     refused = before.copy()
-    never = replace(context, judge=lambda program, ffns=None: 1.0)
+    never = replace(context, judge=lambda program, ffns=None, labels=0.0: 1.0)
     (result,) = PassManager([PASSES["compensate"]()])(refused, never)
     assert not any(result.metrics["kept"].values())
     batch = context.batches[0]

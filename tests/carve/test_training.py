@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from carve.calibration import (
     hold_back,
 )
 from carve.dialect import select
+from carve.evaluate import LanguageQuality
 from carve.passbase import Pass, PassManager, unless_worse
 from carve.passes import (
     Distill,
@@ -306,6 +308,46 @@ def test_finetune_lowers_the_loss(routed: Routed, tmp_path: Path) -> None:
     assert metrics["loss"][-1] < metrics["loss"][0]
     assert 15_000 < metrics["tokens"] <= 20_000
     assert metrics["distinct"] == sum(b.inputs[0].numel() for b in routed.batches)
+
+
+def test_finetune_with_labels_lowers_what_its_judge_weighs(routed: Routed) -> None:
+    config = FinetuneConfig(tokens=20_000, labels=0.5)
+    program, before = routed.copy(), routed.copy()
+    (result,) = PassManager([Finetune(config)])(program, routed.context())
+    assert result.metrics["kept"]
+    quality = routed.judge(before)
+    assert isinstance(quality, LanguageQuality)
+    more = math.log(quality.perplexity / quality.dense_perplexity)
+    loss = routed.judge.loss(before, None, 0.5)
+    assert loss == pytest.approx((quality.kl + more) / 2)
+    assert routed.judge.loss(program, None, 0.5) < loss
+
+
+def test_steps_are_smaller_where_little_is_lost(
+    routed: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, loss = [], Finetune._loss
+    for lost in (0.0004, 0.04, 0.4):
+        monkeypatch.setattr(Finetune, "_loss", _at_first(lost, loss))
+        program = routed.copy()
+        config = FinetuneConfig(tokens=8 * 512, batch=512, judge=False)
+        PassManager([Finetune(config)])(program, routed.context())
+        pairs = [(routed.copy().carved[0].routed, program.carved[0].routed)]
+        moved.append(
+            sum(float((a.merged().down - b.merged().down).norm()) for a, b in pairs if a and b)
+        )
+    assert moved[0] == pytest.approx(moved[1] / 10, rel=0.2)
+    assert moved[1] == moved[2]
+
+
+def _at_first(lost: float, loss: Any) -> Any:
+    """What stands for `Finetune._loss`: ``lost`` where nothing is to be learnt."""
+
+    def call(self: Finetune, *args: Any) -> Tensor:
+        found: Tensor = loss(self, *args)
+        return found if torch.is_grad_enabled() else torch.tensor(lost)
+
+    return call
 
 
 def test_sites_trade_experts_and_the_cost_of_all_stays(routed: Routed, tmp_path: Path) -> None:

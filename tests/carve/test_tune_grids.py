@@ -273,5 +273,17 @@ def test_divergence_is_relative_for_encoders_and_kl_for_decoders() -> None:
     found = divergence("decoder", long, other, batch)
     assert torch.allclose(found, F.kl_div(q, p, log_target=True, reduction="batchmean"))
     assert torch.allclose(torch.autograd.grad(3 * found, other)[0], 3 * want_grad[0], atol=1e-7)
+    text = Batch((torch.arange(600).view(2, 300) % 40,))
+    found = divergence("decoder", long, other, text, labels=0.25)
+    q = other.log_softmax(-1).flatten(0, 1)
+    # The last token of a row has no next one.
+    first = [t.view(2, 300, 40)[:, :-1] for t in (p, q)]
+    next_ids = text.inputs[0][:, 1:, None]
+    each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).view(2, 300)
+    more = (first[0] - first[1]).gather(2, next_ids).squeeze(-1)
+    mixed = torch.cat([0.75 * each[:, :-1] + 0.25 * more, each[:, -1:]], 1).mean()
+    assert torch.allclose(found, mixed)
+    want_grad = torch.autograd.grad(mixed, other)
+    assert torch.allclose(torch.autograd.grad(found, other)[0], want_grad[0], atol=1e-7)
     counted = (have - want)[batch.mask].square().sum() / want[batch.mask].square().sum()
     assert torch.allclose(divergence("encoder", want, have, batch), counted)
