@@ -61,14 +61,14 @@ class Finetune(Pass[FinetuneConfig]):
 
     ``min E_t KL(p(. | x_<t) || q(. | x_<t))`` over experts, compensation and routers, ``p`` the
     dense program's next-token distribution and ``q`` the routed one's; for encoders the squared
-    error of the hidden states relative to their size. The text's own next tokens count beside with
-    the weight ``labels`` (see `carve.end_to_end.divergence`): a program that misses the dense one
-    by little misses the text by more, for what is lost is what the dense one knows of it.
-    Everything else of the program stays. The
+    error of the hidden states relative to their size. Everything else of the program stays. The
     routers learn by a straight-through mask, and their biases hold what all experts together cost a
-    token; how the sites share it is learnt too (`carve.tuning.Balance`). No label of the text is
-    used, so any text serves. Matrices take the steps of Muon (Jordan et al., 2024), which wins
-    about a tenth of the loss over Adam's; all else takes Adam's.
+    token; how the sites share it is learnt too (`carve.tuning.Balance`). Any text serves, for no
+    label of it is used unless ``labels`` asks for a share of them: a model that has seen little
+    text learns more of it so, and parts from the dense one. Matrices take the steps of Muon (Jordan
+    et al., 2024), which wins about a tenth of the loss over Adam's; all else takes Adam's. With the
+    loss ``L`` at the beginning steps are ``min(1, sqrt(L / 0.04))`` of their size: the loss goes
+    with the square of the way to go, and longer steps lead away from what layer-wise work found.
 
     A state is kept every ``save_seconds``; a conversion that is resumed goes on from it.
     """
@@ -135,7 +135,8 @@ class Finetune(Pass[FinetuneConfig]):
     ) -> float:
         """Share of their full size that steps take."""
         losses = [float(self._loss(program, dense, models, b)) for b in batches]
-        return min(1.0, math.sqrt(sum(losses) / len(losses) / _FAR))
+        # Rounding leaves a KL of nothing a little below 0.
+        return min(1.0, math.sqrt(max(0.0, sum(losses) / len(losses)) / _FAR))
 
     def _loss(
         self,
