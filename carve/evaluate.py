@@ -32,6 +32,16 @@ class LanguageQuality:
     top1_agreement: float
     tokens: int
 
+    @property
+    def loss(self) -> float:
+        """Increase of log-perplexity over dense, in nats."""
+        return math.log(self.perplexity / self.dense_perplexity)
+
+    @property
+    def distance(self) -> float:
+        """From the dense one: ``kl``."""
+        return self.kl
+
 
 @dataclass(frozen=True)
 class EmbeddingQuality:
@@ -40,6 +50,16 @@ class EmbeddingQuality:
     cosine_mean: float
     cosine_p5: float
     tokens: int
+
+    @property
+    def loss(self) -> float:
+        """``1 - cosine_mean``."""
+        return 1.0 - self.cosine_mean
+
+    @property
+    def distance(self) -> float:
+        """From the dense one: the loss itself."""
+        return self.loss
 
 
 Quality = LanguageQuality | EmbeddingQuality
@@ -91,10 +111,7 @@ class Evaluator:
         ``labels``, and the KL with the rest.
         """
         quality = self(program, replace)
-        if not isinstance(quality, LanguageQuality):
-            return 1.0 - quality.cosine_mean
-        more = math.log(quality.perplexity / quality.dense_perplexity)
-        return (1.0 - labels) * quality.kl + labels * more
+        return (1.0 - labels) * quality.distance + labels * quality.loss
 
     def __call__(self, program: Program, replace: Mapping[str, FFN] | None = None) -> Quality:
         """Quality of ``program`` in torch, with ``replace`` as in `Program.run`."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -116,11 +115,8 @@ class Bench:
 
     def figures(self, program: Program, replace: Mapping[str, FFN] | None = None) -> dict[str, Any]:
         """Quality on held-out text, and the active share of neurons there."""
-        found = as_dict(self.evaluator(program, replace))
-        if "perplexity" in found:
-            found["loss"] = math.log(found["perplexity"] / found["dense_perplexity"])
-        else:
-            found["loss"] = 1.0 - found["cosine_mean"]
+        quality = self.evaluator(program, replace)
+        found = {**as_dict(quality), "loss": quality.loss}
         if replace is None:
             found["active"] = realised(program, self.held[:4]).share()["neurons"]
         return found

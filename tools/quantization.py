@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -38,7 +37,7 @@ from carve import passes as p
 from carve.arithmetic import as_emitted
 from carve.calibration import limit_batches
 from carve.capture import capture_checkpoint
-from carve.evaluate import Evaluator, as_dict
+from carve.evaluate import Evaluator, LanguageQuality
 from carve.passbase import Context, Pass, PassManager
 from carve.passes.choose_widths import BITS
 from carve.program import Program
@@ -155,20 +154,17 @@ class Carved:
             PassManager([p.TuneGrids(p.TuneGridsConfig(tokens=tokens))])(program, context)
             seconds += time.monotonic() - began
         with as_emitted(program):
-            found = as_dict(self.evaluator(program))
+            found = self.evaluator(program)
             to_dense = self.bench.evaluator.loss(program)
-        loss = (
-            math.log(found["perplexity"] / found["dense_perplexity"])
-            if "perplexity" in found
-            else to_dense - self.to_dense
-        )
+        decoder = isinstance(found, LanguageQuality)
+        loss = found.loss if decoder else to_dense - self.to_dense
         middle = {
             n: statistics.median(metrics[n].values())
             for n in ("agreement", "agreement_clean", "margin_clean")
         }
         return {
             "loss": loss,
-            "kl": found["kl"] if "kl" in found else 1.0 - found["cosine_mean"],
+            "kl": found.distance,
             "to dense": to_dense,
             "same experts": middle["agreement"],
             "clean": middle["agreement_clean"],

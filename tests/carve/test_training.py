@@ -23,7 +23,7 @@ from carve.calibration import (
 )
 from carve.dialect import select
 from carve.evaluate import LanguageQuality
-from carve.passbase import Pass, PassManager, unless_worse
+from carve.passbase import Pass, PassManager, need_routed, unless_worse
 from carve.passes import (
     Distill,
     DistillConfig,
@@ -332,10 +332,10 @@ def test_steps_are_smaller_where_little_is_lost(
         program = routed.copy()
         config = FinetuneConfig(tokens=8 * 512, batch=512, judge=False)
         PassManager([Finetune(config)])(program, routed.context())
-        pairs = [(routed.copy().carved[0].routed, program.carved[0].routed)]
-        moved.append(
-            sum(float((a.merged().down - b.merged().down).norm()) for a, b in pairs if a and b)
+        before, after = (
+            need_routed(p.carved[0], "test").merged().down for p in (routed.copy(), program)
         )
+        moved.append(float((after - before).norm()))
     assert moved[0] == pytest.approx(moved[1] / 10, rel=0.2)
     assert moved[1] == moved[2]
 
