@@ -30,7 +30,8 @@ class TrainingConfig:
     ``work``: multiply-accumulates at the most, 0 for no limit, which leaves a large program fewer
     tokens; where they make fewer than 8 steps, nothing is done. ``batch``: tokens a step.
     ``save_seconds``: time between states to go on from. ``judge``: keep the pass only where the
-    program's loss gets lower.
+    program's loss gets lower. ``labels``: weight of the text's own tokens beside the dense
+    program's predictions, 0 to 1, for decoders.
     """
 
     tokens: int = 1_000_000
@@ -39,6 +40,7 @@ class TrainingConfig:
     batch: int = 4096
     save_seconds: float = 60.0
     judge: bool = True
+    labels: float = 0.0
 
     def tokens_for(self, parameters: int, distinct: int) -> int:
         """Tokens for so many parameters, each in two products forward and two backward.

@@ -20,6 +20,11 @@ LAYER_TOKENS = 2 * _TEXT_TOKENS
 """Most tokens that layer-wise work sees: the text, and as much that the model tells."""
 SHORT: dict[str, Any] = {"tokens": LAYER_TOKENS, "work": 1e13, "decoders_only": True}
 """An end-to-end pass of minutes; encoders hardly gain by it."""
+LONG: dict[str, Any] = {"tokens": 4_000_000, "rounds": 4}
+"""One of hours. Text repeated up to four times is worth nearly as much as new text (Muennighoff et
+al., arXiv 2305.16264)."""
+_LABELS = 0.5
+"""Weight of the labels of text that is given for effort ``full``."""
 
 
 def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
@@ -43,6 +48,10 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         make(p.Carve, p.CarveConfig),
         router,
     ]
+    # Who gives text for long training wants the model good at it. The bundled text says nothing of
+    # what a model is for, so there the dense model alone is the teacher.
+    own = config.effort == "full" and config.calibration is not None
+    labels = {"labels": _LABELS} if own else {}
     if config.exact and not plain:
         listed.append(make(p.Compensate, p.CompensateConfig))
     if not config.exact:
@@ -52,8 +61,8 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
     if config.skip:
         listed.append(make(p.SkipGates, p.GateConfig))
     if config.effort in ("layer", "full") and not config.exact:
-        short = SHORT if config.effort == "layer" else {}
-        listed.append(make(p.Finetune, p.FinetuneConfig, **short))
+        length = SHORT if config.effort == "layer" else LONG
+        listed.append(make(p.Finetune, p.FinetuneConfig, **length, **labels))
     if config.mixed:
         listed.append(make(p.ChooseWidths, p.ChooseWidthsConfig))
     published = config.passes.get("quantize", {}).get("method") == "eaquant"
@@ -66,7 +75,7 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.Quantize, p.QuantizeConfig, rest=trained))
         if trained:
             tokens = p.TuneGridsConfig.tokens_at(config.average_bits)
-            listed.append(make(p.TuneGrids, p.TuneGridsConfig, tokens=tokens))
+            listed.append(make(p.TuneGrids, p.TuneGridsConfig, tokens=tokens, **labels))
     if config.devices is not None or "place" in config.passes:
         given = {} if config.devices is None else {"devices": config.devices}
         listed.append(make(p.Place, p.PlaceConfig, **given))

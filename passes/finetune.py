@@ -27,15 +27,13 @@ class FinetuneConfig(TrainingConfig):
 
     ``rate`` and ``router_rate``: step sizes relative to the size of each tensor, where 0.04 or more
     is lost. ``rank``: of low-rank corrections to the matrices; 0 trains the matrices themselves.
-    ``labels``: weight of the text's own tokens beside the dense program's predictions, 0 to 1, for
-    decoders. ``decoders_only``: nothing is done for other models, to whose last hidden states
-    `distill` leads already.
+    ``decoders_only``: nothing is done for other models, to whose last hidden states `distill` leads
+    already.
     """
 
     rate: float = 0.01
     router_rate: float = 0.001
     rank: int = 0
-    labels: float = 0.0
     decoders_only: bool = False
 
     def serves(self, program: Program) -> bool:

@@ -224,7 +224,8 @@ class TuneGrids(Pass[TuneGridsConfig]):
     and knows how near the next one its weight was (`carve.grid.Grid.rest`), so with small steps
     those turn first that hardly mattered before. Rounding weight after weight sees only
     what one weight does to its own result; this sees what all do together to the last one, and wins
-    back a part of what carving lost as well. 2-bit experts learn in int8 activations and are judged
+    back a part of what carving lost as well. With ``labels`` the text's own tokens teach too, see
+    `carve.passes.Finetune`. 2-bit experts learn in int8 activations and are judged
     by their kernel's own arithmetic.
     """
 
@@ -265,7 +266,7 @@ class TuneGrids(Pass[TuneGridsConfig]):
         if c.judge and context.judge is not None:
             trial = program.copy()
             grids.write(trial)
-            before, after = (_loss_as_emitted(p, context) for p in (program, trial))
+            before, after = (_loss_as_emitted(p, context, c.labels) for p in (program, trial))
             kept = after < before
         moved, changed = grids.moved, grids.changed
         if kept:
@@ -292,7 +293,7 @@ class TuneGrids(Pass[TuneGridsConfig]):
         plan: Sequence[Batch],
         context: Context,
     ) -> list[float]:
-        rule = grids.rule()
+        c, rule = self.config, grids.rule()
         # Called as they are, not as operators of the graph, their weights' gradients pass.
         routed = {s.name: s.routed for s in program.carved if s.routed is not None}
 
@@ -303,9 +304,8 @@ class TuneGrids(Pass[TuneGridsConfig]):
                 want = dense.differentiable(*batch.inputs, only_first=True)[0]
             with linear_rule(rule):
                 have = program.differentiable(*batch.inputs, replace=routed, only_first=True)[0]
-            return divergence(program.kind, want, have, batch)
+            return divergence(program.kind, want, have, batch, c.labels)
 
-        c = self.config
         optimizer = torch.optim.Adam(grids.groups(c.rate, c.level_rate), betas=(0.9, 0.95))
         return train(
             grids,
@@ -337,7 +337,7 @@ def _forget(program: Program) -> None:
         _regrid(program, lambda w, g: (w, replace(g, rest=None)))
 
 
-def _loss_as_emitted(program: Program, context: Context) -> float:
+def _loss_as_emitted(program: Program, context: Context, labels: float) -> float:
     assert context.judge is not None
     with as_emitted(program):
-        return context.judge(program)
+        return context.judge(program, None, labels)

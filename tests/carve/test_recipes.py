@@ -55,6 +55,18 @@ def test_a_written_recipe_is_the_same_conversion(config: ConvertConfig) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_labels_teach_only_where_text_is_given_for_long_training() -> None:
+    def weights(**more: Any) -> list[float]:
+        settings = settings_of(ConvertConfig(budget=0.7, **more))
+        return [settings[name]["labels"] for name in ("finetune", "tune_grids")]
+
+    own = {"calibration": "own.txt"}
+    assert weights(effort="full", **own) == [0.5, 0.5]
+    assert weights(effort="full") == weights(effort="layer", **own) == [0.0, 0.0]
+    less = {"finetune": {"labels": 0.1}}
+    assert weights(effort="full", passes=less, **own) == [0.1, 0.5]
+
+
 @pytest.mark.parametrize("name", PASS_NAMES)
 def test_settings_read_from_source_are_those_of_the_pass(name: str) -> None:
     (cls,) = [

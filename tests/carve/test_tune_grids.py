@@ -99,6 +99,19 @@ def test_the_loss_gets_lower_and_every_level_stays(widths: tuple[int, ...], rout
     )
 
 
+def test_labels_weigh_in_training_and_in_its_judge(routed: Routed, four: Program) -> None:
+    program = four.copy()
+    metrics = tune(routed, program, labels=0.5)
+    assert metrics["kept"]
+    with as_emitted(four):
+        before = routed.judge.loss(four, None, 0.5)
+    with as_emitted(program):
+        after = routed.judge.loss(program, None, 0.5)
+    assert metrics["before"] == pytest.approx(before)
+    assert metrics["after"] == pytest.approx(after)
+    assert metrics["loss"] != tune(routed, four.copy())["loss"]
+
+
 def test_levels_turn_that_lay_near_the_next_one(routed: Routed) -> None:
     program = quantized(routed, rest=True)
     rests = [g.rest for g in grids_of(program) if g.rest is not None]
