@@ -61,7 +61,7 @@ class ConvertConfig:
             passes fit a plainer form, and their weights are not quantized: the engines do that.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens of text, then minutes of training end to end where the model is small enough) or
-            ``full`` (up to four million tokens end to end, of ``calibration`` text if it is given;
+            ``full`` (up to three million tokens end to end, of ``calibration`` text if it is given;
             then its own tokens teach with the dense model's predictions).
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
             gated as save what the deep half would; 0 has no gates, ``auto`` lets the allocation
