@@ -132,13 +132,15 @@ def recut(batches: Sequence[Batch], tokens: int, generator: torch.Generator) -> 
         rows += [ids[on].tolist() for ids, on in zip(batch.inputs[0], batch.mask, strict=True)]
     first, last = (_usual([r[at] for r in rows]) for at in (0, -1))
     bodies = [r[r[:1] == first : len(r) - (r[-1:] == last)] for r in rows]
+    # A text that was cut at the length of a row has no end, and gets one here.
+    most = max(map(len, rows)) - len(first) - len(last)
     order, again = (torch.randperm(len(rows), generator=generator).tolist() for _ in range(2))
     every = iter([token for i in order for token in bodies[i]])
     found: list[list[int]] = []
     for i in again:
         if tokens <= 0:
             break
-        found.append([*first, *islice(every, len(bodies[i])), *last])
+        found.append([*first, *islice(every, min(len(bodies[i]), most)), *last])
         tokens -= len(found[-1])
     return padded_batches(found, len(batches[0].inputs[0]))
 

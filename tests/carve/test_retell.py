@@ -158,6 +158,14 @@ def test_an_encoders_rows_are_cut_elsewhere(captured: Get) -> None:
     assert not {*map(tuple, seen(longer[-1:]))} & {*map(tuple, rows)}
 
 
+def test_a_text_cut_at_the_length_of_a_row_gets_no_longer() -> None:
+    # As a tokenizer leaves them: what is longer than a row has no end.
+    rows = [[1, *range(10, 16 + i), 2] for i in range(4)] + [[1, *range(10, 21)]] * 2
+    batches = padded_batches(rows, 3)
+    again = recut(batches, tokens_in(batches), torch.Generator().manual_seed(0))
+    assert max(b.inputs[0].shape[1] for b in again) == max(map(len, rows))
+
+
 def test_what_was_told_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text((DATA / "calibration.txt").read_text("utf-8")[:2_000], "utf-8")
