@@ -20,7 +20,7 @@ LAYER_TOKENS = 2 * _TEXT_TOKENS
 """Most tokens that layer-wise work sees: the text, and as much that the model tells."""
 SHORT: dict[str, Any] = {"tokens": LAYER_TOKENS, "work": 1e13, "decoders_only": True}
 """An end-to-end pass of minutes; encoders hardly gain by it."""
-LONG: dict[str, Any] = {"tokens": 3_000_000, "rounds": 3}
+_LONG: dict[str, Any] = {"tokens": 3_000_000, "rounds": 3}
 """One of hours. Text repeated up to four times is worth nearly as much as new text (Muennighoff et
 al., arXiv 2305.16264); five times were worse than three here."""
 _LABELS = 0.5
@@ -48,10 +48,6 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         make(p.Carve, p.CarveConfig),
         router,
     ]
-    # Who gives text for long training wants the model good at it. The bundled text says nothing of
-    # what a model is for, so there the dense model alone is the teacher.
-    own = config.effort == "full" and config.calibration is not None
-    labels = {"labels": _LABELS} if own else {}
     if config.exact and not plain:
         listed.append(make(p.Compensate, p.CompensateConfig))
     if not config.exact:
@@ -60,8 +56,12 @@ def build_passes(config: ConvertConfig) -> list[Pass[Any]]:
         listed.append(make(p.Distill, p.DistillConfig))
     if config.skip:
         listed.append(make(p.SkipGates, p.GateConfig))
+    # Who gives text for long training wants the model good at it. The bundled text says nothing of
+    # what a model is for, so there the dense model alone is the teacher.
+    own = config.effort == "full" and config.calibration is not None
+    labels = {"labels": _LABELS} if own else {}
     if config.effort in ("layer", "full") and not config.exact:
-        length = SHORT if config.effort == "layer" else LONG
+        length = SHORT if config.effort == "layer" else _LONG
         listed.append(make(p.Finetune, p.FinetuneConfig, **length, **labels))
     if config.mixed:
         listed.append(make(p.ChooseWidths, p.ChooseWidthsConfig))

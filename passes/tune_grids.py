@@ -225,8 +225,8 @@ class TuneGrids(Pass[TuneGridsConfig]):
     those turn first that hardly mattered before. Rounding weight after weight sees only
     what one weight does to its own result; this sees what all do together to the last one, and wins
     back a part of what carving lost as well. With ``labels`` the text's own tokens teach too, see
-    `carve.passes.Finetune`. 2-bit experts learn in int8 activations and are judged
-    by their kernel's own arithmetic.
+    `carve.passes.Finetune`. 2-bit experts learn in int8 activations and are judged by their
+    kernel's own arithmetic.
     """
 
     name = "tune_grids"

@@ -60,9 +60,9 @@ def tune(routed: Routed, program: Program, **settings: Any) -> dict[str, Any]:
     return dict(result.metrics)
 
 
-def loss(routed: Routed, program: Program) -> float:
+def loss(routed: Routed, program: Program, labels: float = 0.0) -> float:
     with as_emitted(program):
-        return routed.judge.loss(program)
+        return routed.judge.loss(program, None, labels)
 
 
 def levels(program: Program) -> Iterator[torch.Tensor]:
@@ -103,12 +103,8 @@ def test_labels_weigh_in_training_and_in_its_judge(routed: Routed, four: Program
     program = four.copy()
     metrics = tune(routed, program, labels=0.5)
     assert metrics["kept"]
-    with as_emitted(four):
-        before = routed.judge.loss(four, None, 0.5)
-    with as_emitted(program):
-        after = routed.judge.loss(program, None, 0.5)
-    assert metrics["before"] == pytest.approx(before)
-    assert metrics["after"] == pytest.approx(after)
+    assert metrics["before"] == pytest.approx(loss(routed, four, 0.5))
+    assert metrics["after"] == pytest.approx(loss(routed, program, 0.5))
     assert metrics["loss"] != tune(routed, four.copy())["loss"]
 
 
