@@ -155,8 +155,13 @@ def decoder_batches(program: Program, rows: Tensor, size: int) -> list[Batch]:
 def sentence_batches(
     tokenizer: Tokenizer, sentences: Sequence[str], length: int, size: int
 ) -> list[Batch]:
-    """Batches of an encoder's inputs, padded to the longest sentence of the batch."""
-    return padded_batches([e.ids[:length] for e in tokenizer.encode_batch(list(sentences))], size)
+    """Batches of an encoder's inputs, padded to the longest sentence of the batch.
+
+    A longer one is cut as the tokenizer cuts it: what it puts at the end of a text stays there.
+    """
+    cutting = type(tokenizer).from_str(tokenizer.to_str())
+    cutting.enable_truncation(length)
+    return padded_batches([e.ids for e in cutting.encode_batch(list(sentences))], size)
 
 
 def padded_batches(rows: Sequence[list[int]], size: int) -> list[Batch]:

@@ -12,6 +12,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from command_line import Captured, call, convert, result
+from tokenizers.processors import TemplateProcessing
 
 from carve import advance, retell
 from carve.calibration import (
@@ -21,6 +22,7 @@ from carve.calibration import (
     hold_back,
     load_tokenizer,
     padded_batches,
+    sentence_batches,
     text_batches,
 )
 from carve.capture import capture_checkpoint
@@ -156,6 +158,18 @@ def test_an_encoders_rows_are_cut_elsewhere(captured: Get) -> None:
     longer, _ = stretched(program, batches, 50, 8, torch.Generator().manual_seed(0))
     assert have + 50 <= tokens_in(longer) < have + 60
     assert not {*map(tuple, seen(longer[-1:]))} & {*map(tuple, rows)}
+
+
+def test_a_text_that_is_cut_keeps_its_end() -> None:
+    tokenizer = tiny.make_tokenizer(300)
+    ends = [("<s>", 0), ("</s>", 1)]
+    tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    (batch,) = sentence_batches(tokenizer, ["a b c d e f g h i j k l", "a b"], 8, 2)
+    assert batch.mask is not None
+    rows = [ids[on].tolist() for ids, on in zip(batch.inputs[0], batch.mask, strict=True)]
+    assert min(map(len, rows)) < max(map(len, rows)) == 8
+    assert all(r[0] == 0 and r[-1] == 1 for r in rows)
+    assert len(tokenizer.encode("a b c d e f g h i j k l").ids) > 8
 
 
 def test_a_text_cut_at_the_length_of_a_row_gets_no_longer() -> None:
