@@ -27,10 +27,15 @@ _GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one run of a program, and which tokens count (``[B, S]`` bool, None for all)."""
+    """Inputs of one run of a program, and which tokens count (``[B, S]`` bool, None for all).
+
+    ``told``: made by the model itself (`carve.retell`), so that its tokens teach nothing that the
+    model's predictions do not.
+    """
 
     inputs: tuple[Tensor, ...]
     mask: Tensor | None = None
+    told: bool = False
 
     @property
     def tokens(self) -> int:
@@ -48,7 +53,7 @@ class Batch:
     def rows(self, start: int, stop: int | None = None) -> Batch:
         """Some of its rows."""
         mask = None if self.mask is None else self.mask[start:stop]
-        return Batch(tuple(t[start:stop] for t in self.inputs), mask)
+        return Batch(tuple(t[start:stop] for t in self.inputs), mask, self.told)
 
     def counted(self, x: Tensor) -> Tensor:
         """The rows ``[T, d]`` of ``x`` ``[B, S, d]`` whose tokens count."""

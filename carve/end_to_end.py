@@ -58,6 +58,10 @@ class TrainingConfig:
         """Distinct tokens to be told for the pass alone, besides the given ones."""
         return 0
 
+    def seen(self, dense: Program, given: int) -> int:
+        """Tokens seen in all, of so many given ones and those that are told."""
+        return self.tokens_for(dense.num_parameters, given + self.told(dense, given))
+
     def plan(
         self, program: Program, batches: Sequence[Batch], generator: torch.Generator
     ) -> list[Batch]:
@@ -109,12 +113,13 @@ def divergence(kind: Kind, want: Tensor, have: Tensor, batch: Batch, labels: flo
 
     ``E_t (1 - w) KL(p(. | x_<t) || q(. | x_<t)) + w log(p(x_t) / q(x_t))`` in nats for a decoder,
     with ``p`` of the logits ``want`` and ``q`` of ``have`` ``[B, S, V]``, ``x`` the text of
-    ``batch`` and ``w`` the weight ``labels``; else ``|have - want|^2 / |want|^2`` over tokens that
-    count. Source: Hinton et al. (arXiv 1503.02531), temperature 1.
+    ``batch`` and ``w`` the weight ``labels``, 0 for text that the dense program told; else
+    ``|have - want|^2 / |want|^2`` over tokens that count. Source: Hinton et al. (arXiv 1503.02531),
+    temperature 1.
     """
     if kind == "decoder":
         text = None
-        if labels:
+        if labels and not batch.told:
             text = F.pad(batch.inputs[0][:, 1:], (0, 1), value=-1).flatten()
         rows = (t.flatten(0, 1) for t in (want, have))
         found: Tensor = _Divergence.apply(*rows, text, labels)  # type: ignore[no-untyped-call]

@@ -20,9 +20,15 @@ LAYER_TOKENS = 2 * _TEXT_TOKENS
 """Most tokens that layer-wise work sees: the text, and as much that the model tells."""
 SHORT: dict[str, Any] = {"tokens": LAYER_TOKENS, "work": 1e13, "decoders_only": True}
 """An end-to-end pass of minutes; encoders hardly gain by it."""
-_LONG: dict[str, Any] = {"tokens": 3_000_000, "rounds": 3}
+_LONG: dict[str, Any] = {
+    "tokens": 4_000_000,
+    "rounds": 4,
+    "batch": 2048,
+    "told_share": 0.33,
+}
 """One of hours. Text repeated up to four times is worth nearly as much as new text (Muennighoff et
-al., arXiv 2305.16264); five times were worse than three here."""
+al., arXiv 2305.16264); here five times were worse than three, and told text in place of a third
+better than the text alone."""
 _LABELS = 0.5
 """Weight of the labels of text that is given for effort ``full``."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -110,7 +111,7 @@ def more(
     if program.kind == "encoder":
         return recut(batches, tokens, generator)
     told = once("told", lambda: told_again(program, batches, tokens, generator, progress))
-    return decoder_batches(program, told, 8)
+    return [replace(b, told=True) for b in decoder_batches(program, told, 8)]
 
 
 def _is_padded(batch: Batch) -> bool:

@@ -242,14 +242,14 @@ def _distill(scene: Scene, p: Pass[Any]) -> Work:
 
 
 def _finetune(scene: Scene, p: Pass[Any]) -> Work:
-    t, steps, _ = training(scene, p.config)
+    t, steps, told = training(scene, p.config)
     weights = sum(s.dense.macs for s, _ in scene.carved)
     loss = Work(elements=20.0 * t * scene.vocabulary)
     # The dense program runs beside; what is not trained passes gradients on all the same.
     work = Work(training=t * scene.program.num_parameters, updates=weights * steps)
     if not p.config.rank:
         work += Work(products=sum(_orthogonal(s.dense) for s, _ in scene.carved)) * steps
-    return scene.forward(t) + work + loss
+    return scene.forward(t) + work + loss + scene.told(told)
 
 
 def training(scene: Scene, config: TrainingConfig) -> tuple[float, float, int]:
@@ -257,7 +257,7 @@ def training(scene: Scene, config: TrainingConfig) -> tuple[float, float, int]:
     if not config.serves(scene.program):
         return 0.0, 0.0, 0
     told = config.told(scene.program, scene.tokens.calibration)
-    t = config.tokens_for(scene.program.num_parameters, scene.tokens.calibration + told)
+    t = config.seen(scene.program, scene.tokens.calibration)
     steps = t / min(config.batch, scene.usual)
     return (t, steps, told) if steps >= LEAST_STEPS else (0.0, 0.0, told)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from carve.calibration import Batch, limit_batches
 from carve.dialect import select
-from carve.end_to_end import TrainingConfig, divergence, quarters, train
+from carve.end_to_end import TrainingConfig, divergence, in_parts, quarters, train
 from carve.passbase import Context, Pass, need_dense, need_notes, need_routed, unless_worse
 from carve.program import Program
-from carve.retell import tokens_in
+from carve.retell import more, tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision
 
 _FAR = 0.04
@@ -27,30 +28,44 @@ class FinetuneConfig(TrainingConfig):
 
     ``rate`` and ``router_rate``: step sizes relative to the size of each tensor, where 0.04 or more
     is lost. ``rank``: of low-rank corrections to the matrices; 0 trains the matrices themselves.
-    ``decoders_only``: nothing is done for other models, to whose last hidden states `distill` leads
-    already.
+    ``told_share``: of the tokens seen, how many the dense program tells (`carve.retell`, decoders
+    alone), all of them different. ``decoders_only``: nothing is done for other models, to whose
+    last hidden states `distill` leads already.
     """
 
     rate: float = 0.01
     router_rate: float = 0.001
     rank: int = 0
+    told_share: float = 0.0
     decoders_only: bool = False
 
     def serves(self, program: Program) -> bool:
         """Whether anything is done for a program."""
         return program.kind == "decoder" or not self.decoders_only
 
+    def told(self, dense: Program, given: int) -> int:
+        """Distinct tokens to be told besides the given ones."""
+        if dense.kind != "decoder":
+            return 0
+        return round(self.told_share * self.seen(dense, given))
+
+    def seen(self, dense: Program, given: int) -> int:
+        """Tokens seen in all: what is told takes the place of given ones."""
+        return self.tokens_for(dense.num_parameters, given)
+
 
 @dataclass(frozen=True)
 class FinetuneMetrics:
     """``loss``: training loss over quarters of the steps; ``tokens``: seen.
 
-    ``distinct``: of them; ``kept``: whether the program got better.
+    ``distinct``: of them; ``told``: of these, by the dense program; ``kept``: whether the program
+    got better.
     """
 
     loss: list[float]
     tokens: int
     distinct: int
+    told: int
     kept: bool
 
 
@@ -63,7 +78,9 @@ class Finetune(Pass[FinetuneConfig]):
     routers learn by a straight-through mask, and their biases hold what all experts together cost a
     token; how the sites share it is learnt too (`carve.tuning.Balance`). Any text serves, for no
     label of it is used unless ``labels`` asks for a share of them: a model that has seen little
-    text learns more of it so, and parts from the dense one. Matrices take the steps of Muon (Jordan
+    text learns more of it so, and parts from the dense one. Text that is seen several times is
+    learnt by heart in the end; what the dense program tells among it (``told_share``) is new at
+    every step, and holds the program to the dense one. Matrices take the steps of Muon (Jordan
     et al., 2024), which wins about a tenth of the loss over Adam's; all else takes Adam's. With the
     loss ``L`` at the beginning steps are ``min(1, sqrt(L / 0.04))`` of their size: the loss goes
     with the square of the way to go, and longer steps lead away from what layer-wise work found.
@@ -86,7 +103,10 @@ class Finetune(Pass[FinetuneConfig]):
         batches = context.stream or context.batches
         plan = c.plan(dense, batches, context.generator(self.name))
         if not plan:
-            return FinetuneMetrics([], 0, 0, kept=False)
+            return FinetuneMetrics([], 0, 0, 0, kept=False)
+        told = self._told(dense, batches, context)
+        if told:
+            plan = _mixed(plan, told, context.generator("mixed"))
         losses: list[float] = []
 
         def rewrite() -> None:
@@ -120,8 +140,21 @@ class Finetune(Pass[FinetuneConfig]):
                 site.tuned = True
 
         kept = unless_worse(program, context if c.judge else None, rewrite, c.labels)
-        seen = tokens_in(plan)
-        return FinetuneMetrics(quarters(losses), seen, min(tokens_in(batches), seen), kept)
+        seen, made = tokens_in(plan), tokens_in(told)
+        distinct = min(tokens_in(batches), seen - made) + made
+        return FinetuneMetrics(quarters(losses), seen, distinct, made, kept)
+
+    def _told(self, dense: Program, batches: Sequence[Batch], context: Context) -> list[Batch]:
+        """What the dense program tells, in parts of a step."""
+        told = more(
+            dense,
+            batches,
+            self.config.told(dense, tokens_in(batches)),
+            context.generator("told"),
+            lambda rows: context.progress(rows, f"{self.name}: text told again"),
+            context.partial.once,
+        )
+        return in_parts(told, self.config.batch)
 
     @torch.no_grad()
     def _steps(
@@ -171,6 +204,14 @@ class Finetune(Pass[FinetuneConfig]):
         shift = balance.hold([*scores.values()])
         chosen = {n: select(x - shift, models[n].source.top_k, True) for n, x in scores.items()}
         return {n: float(mask.sum(1).float().mean()) for n, mask in chosen.items()}
+
+
+def _mixed(plan: list[Batch], told: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
+    """The plan with ``told`` all over it, in place of its end."""
+    most = tokens_in(plan) - tokens_in(told)
+    ends = accumulate(b.tokens for b in plan)
+    every = [*(b for b, end in zip(plan, ends, strict=True) if end <= most), *told]
+    return [every[i] for i in torch.randperm(len(every), generator=generator).tolist()]
 
 
 def _optimizers(groups: Sequence[dict[str, object]]) -> list[torch.optim.Optimizer]:

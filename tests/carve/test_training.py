@@ -17,11 +17,13 @@ from torch import Tensor
 from training_sample import SPLIT, Routed, Steps
 
 from carve.calibration import (
+    Batch,
     by_length,
     decoder_batches,
     hold_back,
 )
 from carve.dialect import select
+from carve.end_to_end import divergence
 from carve.evaluate import LanguageQuality
 from carve.passbase import Pass, PassManager, need_routed, unless_worse
 from carve.passes import (
@@ -33,6 +35,7 @@ from carve.passes import (
     RefitConfig,
 )
 from carve.program import Program
+from carve.retell import tokens_in
 from carve.sites import FFNSite
 from carve.state import PassStates
 from carve.state_folder import Course
@@ -321,6 +324,46 @@ def test_finetune_with_labels_lowers_what_its_judge_weighs(routed: Routed) -> No
     loss = routed.judge.loss(before, None, 0.5)
     assert loss == pytest.approx((quality.kl + more) / 2)
     assert routed.judge.loss(program, None, 0.5) < loss
+
+
+def test_what_is_told_takes_the_place_of_given_text(
+    routed: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons: list[Batch] = []
+    loss = Finetune._loss
+
+    def kept(self: Finetune, *args: Any) -> Tensor:
+        if len(args) > 4:  # a step, not the look before the first
+            lessons.append(args[3])
+        return loss(self, *args)
+
+    monkeypatch.setattr(Finetune, "_loss", kept)
+    config = FinetuneConfig(tokens=20_000, batch=512, labels=0.5, judge=False, told_share=0.25)
+    text = tokens_in(routed.batches)
+    assert config.seen(routed.dense, text) == 20_000
+    assert config.told(routed.dense, text) == 5_000
+    context = routed.context()
+    (result,) = PassManager([Finetune(config)])(routed.copy(), context)
+    told = [b for b in lessons if b.told]
+    metrics = result.metrics
+    assert 5_000 <= tokens_in(told) == metrics["told"] < 5_000 + 64 * 32
+    assert 15_000 < tokens_in(lessons) == metrics["tokens"] <= 20_000
+    assert metrics["distinct"] == text + metrics["told"]
+    rows = [row.tolist() for b in told for row in b.inputs[0]]
+    assert len(set(map(tuple, rows))) == len(rows)
+    halves = [sum(b.told for b in half) for half in (lessons[:20], lessons[20:])]
+    assert min(halves) > 0
+
+
+def test_labels_of_told_text_teach_nothing(routed: Routed) -> None:
+    batch = routed.batches[0]
+    want, have = (torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    short = Batch((torch.randint(7, (2, 5)), *batch.inputs[1:]))
+    told = replace(short, told=True)
+    plain = divergence("decoder", want, have, short)
+    assert divergence("decoder", want, have, told, 0.5) == plain
+    assert divergence("decoder", want, have, short, 0.5) != plain
+    assert told.rows(0, 1).told
 
 
 def test_steps_are_smaller_where_little_is_lost(
