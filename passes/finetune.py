@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from carve.calibration import Batch, limit_batches
 from carve.dialect import select
-from carve.end_to_end import TrainingConfig, divergence, in_parts, quarters, train
+from carve.end_to_end import TrainingConfig, divergence, in_parts, quarters, told_for, train
 from carve.passbase import Context, Pass, need_dense, need_notes, need_routed, unless_worse
 from carve.program import Program
-from carve.retell import more, tokens_in
+from carve.retell import tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision
 
 _FAR = 0.04
@@ -79,8 +79,8 @@ class Finetune(Pass[FinetuneConfig]):
     token; how the sites share it is learnt too (`carve.tuning.Balance`). Any text serves, for no
     label of it is used unless ``labels`` asks for a share of them: a model that has seen little
     text learns more of it so, and parts from the dense one. Text that is seen several times is
-    learnt by heart in the end; what the dense program tells among it (``told_share``) is new at
-    every step, and holds the program to the dense one. Matrices take the steps of Muon (Jordan
+    learnt by heart in the end; what the dense program tells among it (``told_share``) is seen
+    once, and holds the program to the dense one. Matrices take the steps of Muon (Jordan
     et al., 2024), which wins about a tenth of the loss over Adam's; all else takes Adam's. With the
     loss ``L`` at the beginning steps are ``min(1, sqrt(L / 0.04))`` of their size: the loss goes
     with the square of the way to go, and longer steps lead away from what layer-wise work found.
@@ -104,7 +104,8 @@ class Finetune(Pass[FinetuneConfig]):
         plan = c.plan(dense, batches, context.generator(self.name))
         if not plan:
             return FinetuneMetrics([], 0, 0, 0, kept=False)
-        told = self._told(dense, batches, context)
+        count = c.told(dense, tokens_in(batches))
+        told = in_parts(told_for(self.name, dense, batches, count, context), c.batch)
         if told:
             plan = _mixed(plan, told, context.generator("mixed"))
         losses: list[float] = []
@@ -143,18 +144,6 @@ class Finetune(Pass[FinetuneConfig]):
         seen, made = tokens_in(plan), tokens_in(told)
         distinct = min(tokens_in(batches), seen - made) + made
         return FinetuneMetrics(quarters(losses), seen, distinct, made, kept)
-
-    def _told(self, dense: Program, batches: Sequence[Batch], context: Context) -> list[Batch]:
-        """What the dense program tells, in parts of a step."""
-        told = more(
-            dense,
-            batches,
-            self.config.told(dense, tokens_in(batches)),
-            context.generator("told"),
-            lambda rows: context.progress(rows, f"{self.name}: text told again"),
-            context.partial.once,
-        )
-        return in_parts(told, self.config.batch)
 
     @torch.no_grad()
     def _steps(
