@@ -29,8 +29,8 @@ _GOLDEN = 0.6180339887498949
 class Batch:
     """Inputs of one run of a program, and which tokens count (``[B, S]`` bool, None for all).
 
-    ``told``: made by the model itself (`carve.retell`), so that its tokens teach nothing that the
-    model's predictions do not.
+    ``told``: made by the model itself, all or in part (`carve.retell`), so that its tokens teach
+    nothing that the model's predictions do not.
     """
 
     inputs: tuple[Tensor, ...]

@@ -15,7 +15,7 @@ from carve import training_state
 from carve.calibration import Batch
 from carve.passbase import Context
 from carve.program import Kind, Program
-from carve.retell import more, tokens_in
+from carve.retell import tokens_in
 from carve.tuning import cosine
 
 LEAST_STEPS = 8
@@ -128,20 +128,6 @@ def divergence(kind: Kind, want: Tensor, have: Tensor, batch: Batch, labels: flo
     if batch.mask is not None and want.ndim == 3:
         want, have = want[batch.mask], have[batch.mask]
     return (have - want).square().sum() / want.square().sum()
-
-
-def told_for(
-    label: str, dense: Program, batches: Sequence[Batch], tokens: int, context: Context
-) -> list[Batch]:
-    """About ``tokens`` tokens that the dense program tells for pass ``label``, kept if it stops."""
-    return more(
-        dense,
-        batches,
-        tokens,
-        context.generator("told"),
-        lambda rows: context.progress(rows, f"{label}: text told again"),
-        context.partial.once,
-    )
 
 
 def in_parts(batches: Sequence[Batch], tokens: int) -> list[Batch]:

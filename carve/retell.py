@@ -1,4 +1,4 @@
-"""More text from little: rows of calibration text gone on with by the model itself, or cut anew.
+"""More text from little: rows gone on with by the model itself, redrawn in part, or cut anew.
 
 Calibration text that a model makes stands in for its training data (Williams et al., arXiv
 2410.17170). An encoder makes none; its rows are cut elsewhere, so that tokens stand in others'
@@ -28,6 +28,8 @@ _NEARLY = 0.75
 """Share of what is wanted from which on the rest is not worth the trouble."""
 ROWS = 32
 """Rows that are told side by side."""
+REDRAWN = 0.5
+"""Share of the tokens that are drawn anew where text comes again."""
 
 
 def tokens_in(batches: Sequence[Batch]) -> int:
@@ -112,6 +114,59 @@ def more(
         return recut(batches, tokens, generator)
     told = once("told", lambda: told_again(program, batches, tokens, generator, progress))
     return [replace(b, told=True) for b in decoder_batches(program, told, 8)]
+
+
+def redrawn(
+    program: Program,
+    plan: Sequence[Batch],
+    share: float,
+    generator: torch.Generator,
+    progress: Callable[[Sequence[Batch]], Iterator[Batch]] = iter,
+    once: Callable[[str, Callable[[], list[Tensor]]], list[Tensor]] = lambda _, make: make(),
+) -> list[Batch]:
+    """``plan`` with a ``share`` of its batches in other words; none that is there the first time.
+
+    In them a token is, with probability `REDRAWN`, one drawn from ``p(. | x_<t)`` of the text as it
+    was given. Other tokens each time, though one position's draw stays the same. Source: scheduled
+    sampling (Bengio et al., arXiv 1506.03099), which so mixes what a model says with its text; all
+    of it is drawn in one run, where telling takes one a token.
+
+    Args:
+        program: a decoder, which gives logits ``[B, S, V]``.
+        plan: batches in the order they are trained on, token ids ``[B, S]`` int64 first.
+        share: of ``plan``, 0 to 1.
+        generator: for every draw.
+        progress: shows the batches that are drawn from.
+        once: keeps what is drawn, as `carve.passbase.Partial.once` does.
+    """
+    first = {id(batch): i for i, batch in reversed([*enumerate(plan)])}
+    again = [i for i, batch in enumerate(plan) if first[id(batch)] != i]
+    order = torch.randperm(len(again), generator=generator).tolist()
+    chosen = [again[i] for i in order[: round(share * len(plan))]]
+    if not chosen:
+        return [*plan]
+    sources = [plan[i] for i in sorted({first[id(plan[i])] for i in chosen})]
+    # Its own generator: masks are the same where what was drawn comes from a run that was killed.
+    draws = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+    drawn = once("drawn", lambda: [_drawn(program, b, draws) for b in progress(sources)])
+    words = {id(b): ids for b, ids in zip(sources, drawn, strict=True)}
+    found = [*plan]
+    for i in chosen:
+        ids, *others = plan[i].inputs
+        mask = torch.rand(ids.shape, generator=generator) < REDRAWN
+        mixed = torch.where(mask, words[id(plan[i])], ids)
+        found[i] = replace(plan[i], inputs=(mixed, *others), told=True)
+    return found
+
+
+@torch.no_grad()
+def _drawn(program: Program, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Tokens int64 ``[B, S]``: the first as given, later ones drawn by the given text before."""
+    ids = batch.inputs[0]
+    logits = program.run(*batch.inputs)[0]
+    odds = logits[:, :-1].float().softmax(-1).flatten(0, 1)
+    new = torch.multinomial(odds, 1, generator=generator).view(len(ids), -1)
+    return torch.cat([ids[:, :1], new], 1)
 
 
 def _is_padded(batch: Batch) -> bool:

@@ -242,14 +242,18 @@ def _distill(scene: Scene, p: Pass[Any]) -> Work:
 
 
 def _finetune(scene: Scene, p: Pass[Any]) -> Work:
-    t, steps, told = training(scene, p.config)
+    t, steps, _ = training(scene, p.config)
     weights = sum(s.dense.macs for s, _ in scene.carved)
     loss = Work(elements=20.0 * t * scene.vocabulary)
     # The dense program runs beside; what is not trained passes gradients on all the same.
     work = Work(training=t * scene.program.num_parameters, updates=weights * steps)
     if not p.config.rank:
         work += Work(products=sum(_orthogonal(s.dense) for s, _ in scene.carved)) * steps
-    return scene.forward(t) + work + loss + scene.told(told)
+    # What comes again is drawn anew after one run over it.
+    again = max(0.0, min(scene.tokens.calibration, t - scene.tokens.calibration))
+    drawn = again if p.config.redrawn and scene.program.kind == "decoder" else 0.0
+    loss += Work(elements=10.0 * drawn * scene.vocabulary)
+    return scene.forward(t + drawn) + work + loss
 
 
 def training(scene: Scene, config: TrainingConfig) -> tuple[float, float, int]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from carve.calibration import Batch, limit_batches
 from carve.dialect import select
-from carve.end_to_end import TrainingConfig, divergence, in_parts, quarters, told_for, train
+from carve.end_to_end import TrainingConfig, divergence, quarters, train
 from carve.passbase import Context, Pass, need_dense, need_notes, need_routed, unless_worse
 from carve.program import Program
-from carve.retell import tokens_in
+from carve.retell import redrawn, tokens_in
 from carve.tuning import Balance, MaskedFFN, mixed_precision
 
 _FAR = 0.04
@@ -28,44 +27,34 @@ class FinetuneConfig(TrainingConfig):
 
     ``rate`` and ``router_rate``: step sizes relative to the size of each tensor, where 0.04 or more
     is lost. ``rank``: of low-rank corrections to the matrices; 0 trains the matrices themselves.
-    ``told_share``: of the tokens seen, how many the dense program tells (`carve.retell`, decoders
-    alone), all of them different. ``decoders_only``: nothing is done for other models, to whose
-    last hidden states `distill` leads already.
+    ``redrawn``: share of the steps, 0 to 1, on text that comes again with half of its tokens drawn
+    anew by the dense program (`carve.retell.redrawn`, decoders alone). ``decoders_only``: nothing
+    is done for other models, to whose last hidden states `distill` leads already.
     """
 
     rate: float = 0.01
     router_rate: float = 0.001
     rank: int = 0
-    told_share: float = 0.0
+    redrawn: float = 0.0
     decoders_only: bool = False
 
     def serves(self, program: Program) -> bool:
         """Whether anything is done for a program."""
         return program.kind == "decoder" or not self.decoders_only
 
-    def told(self, dense: Program, given: int) -> int:
-        """Distinct tokens to be told besides the given ones."""
-        if dense.kind != "decoder":
-            return 0
-        return round(self.told_share * self.seen(dense, given))
-
-    def seen(self, dense: Program, given: int) -> int:
-        """Tokens seen in all: what is told takes the place of given ones."""
-        return self.tokens_for(dense.num_parameters, given)
-
 
 @dataclass(frozen=True)
 class FinetuneMetrics:
     """``loss``: training loss over quarters of the steps; ``tokens``: seen.
 
-    ``distinct``: of them; ``told``: of these, by the dense program; ``kept``: whether the program
-    got better.
+    ``distinct``: of them, as given; ``redrawn``: of those seen, in rows that the dense program drew
+    in part; ``kept``: whether the program got better.
     """
 
     loss: list[float]
     tokens: int
     distinct: int
-    told: int
+    redrawn: int
     kept: bool
 
 
@@ -79,11 +68,11 @@ class Finetune(Pass[FinetuneConfig]):
     token; how the sites share it is learnt too (`carve.tuning.Balance`). Any text serves, for no
     label of it is used unless ``labels`` asks for a share of them: a model that has seen little
     text learns more of it so, and parts from the dense one. Text that is seen several times is
-    learnt by heart in the end; what the dense program tells among it (``told_share``) is seen
-    once, and holds the program to the dense one. Matrices take the steps of Muon (Jordan
-    et al., 2024), which wins about a tenth of the loss over Adam's; all else takes Adam's. With the
-    loss ``L`` at the beginning steps are ``min(1, sqrt(L / 0.04))`` of their size: the loss goes
-    with the square of the way to go, and longer steps lead away from what layer-wise work found.
+    learnt by heart in the end; half of its tokens drawn anew (``redrawn``) it is other text each
+    time, of which no label is used. Matrices take the steps of Muon (Jordan et al., 2024), which
+    wins about a tenth of the loss over Adam's; all else takes Adam's. With the loss ``L`` at the
+    beginning steps are ``min(1, sqrt(L / 0.04))`` of their size: the loss goes with the square of
+    the way to go, and longer steps lead away from what layer-wise work found.
 
     A state is kept every ``save_seconds``; a conversion that is resumed goes on from it.
     """
@@ -104,10 +93,16 @@ class Finetune(Pass[FinetuneConfig]):
         plan = c.plan(dense, batches, context.generator(self.name))
         if not plan:
             return FinetuneMetrics([], 0, 0, 0, kept=False)
-        count = c.told(dense, tokens_in(batches))
-        told = in_parts(told_for(self.name, dense, batches, count, context), c.batch)
-        if told:
-            plan = _mixed(plan, told, context.generator("mixed"))
+        given = plan
+        if dense.kind == "decoder":
+            plan = redrawn(
+                dense,
+                given,
+                c.redrawn,
+                context.generator("redrawn"),
+                lambda items: context.progress(items, f"{self.name}: text drawn again"),
+                context.partial.once,
+            )
         losses: list[float] = []
 
         def rewrite() -> None:
@@ -133,16 +128,17 @@ class Finetune(Pass[FinetuneConfig]):
                 save_seconds=c.save_seconds,
                 after_step=lambda: balance.hold(balance.last(), 0.02),
             )
-            given = limit_batches(context.batches, context.given or tokens_in(context.batches))
-            means = self._settle(program, models, balance, given)
+            real = limit_batches(context.batches, context.given or tokens_in(context.batches))
+            means = self._settle(program, models, balance, real)
             for site in program.carved:
                 routed = models[site.name].export()
                 program.set_routed(site, replace(routed, mean_top_k=means.get(site.name)))
                 site.tuned = True
 
         kept = unless_worse(program, context if c.judge else None, rewrite, c.labels)
-        seen, made = tokens_in(plan), tokens_in(told)
-        distinct = min(tokens_in(batches), seen - made) + made
+        seen = tokens_in(plan)
+        made = tokens_in([b for b, old in zip(plan, given, strict=True) if b is not old])
+        distinct = min(tokens_in(batches), seen)
         return FinetuneMetrics(quarters(losses), seen, distinct, made, kept)
 
     @torch.no_grad()
@@ -193,14 +189,6 @@ class Finetune(Pass[FinetuneConfig]):
         shift = balance.hold([*scores.values()])
         chosen = {n: select(x - shift, models[n].source.top_k, True) for n, x in scores.items()}
         return {n: float(mask.sum(1).float().mean()) for n, mask in chosen.items()}
-
-
-def _mixed(plan: list[Batch], told: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
-    """The plan with ``told`` all over it, in place of its end."""
-    most = tokens_in(plan) - tokens_in(told)
-    ends = accumulate(b.tokens for b in plan)
-    every = [*(b for b, end in zip(plan, ends, strict=True) if end <= most), *told]
-    return [every[i] for i in torch.randperm(len(every), generator=generator).tolist()]
 
 
 def _optimizers(groups: Sequence[dict[str, object]]) -> list[torch.optim.Optimizer]:

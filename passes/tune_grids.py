@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from carve.arithmetic import as_emitted, grids_of, rounded
 from carve.calibration import Batch
 from carve.dialect import LinearRule, linear_rule
-from carve.end_to_end import LEAST_STEPS, TrainingConfig, divergence, quarters, told_for, train
+from carve.end_to_end import LEAST_STEPS, TrainingConfig, divergence, quarters, train
 from carve.grid import Grid
 from carve.passbase import Context, ContractError, Pass, need_dense
 from carve.program import Program
-from carve.retell import lacking, tokens_in
+from carve.retell import lacking, more, tokens_in
 
 _INSIDE, _END = 0.49, 0.499
 """Of a level, how far from its middle a weight may start, and how far out it may go at the ends."""
@@ -246,7 +246,14 @@ class TuneGrids(Pass[TuneGridsConfig]):
         dense = need_dense(context, self.name)
         batches = [*(context.stream or context.batches)]
         told = c.told(dense, tokens_in(batches))
-        batches += told_for(self.name, dense, batches, told, context)
+        batches += more(
+            dense,
+            batches,
+            told,
+            context.generator("told"),
+            lambda rows: context.progress(rows, f"{self.name}: text told again"),
+            context.partial.once,
+        )
         plan = c.plan(dense, batches, context.generator(self.name))
         grids = Grids(program)
         count = sum(log.numel() for log in grids.logs)

@@ -28,7 +28,7 @@ from carve.calibration import (
 from carve.capture import capture_checkpoint
 from carve.config import ConvertConfig
 from carve.program import Program
-from carve.retell import ENOUGH, KEPT, missing, recut, stretched, tokens_in
+from carve.retell import ENOUGH, KEPT, missing, recut, redrawn, stretched, tokens_in
 from carve.state_folder import Course
 
 REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
@@ -124,6 +124,40 @@ def test_it_is_what_the_model_would_say() -> None:
     *_, again = told(program, given, 500)
     assert loss(given[0]) < 5
     assert loss(again) < 5 < 9 < loss(nonsense[0])
+
+
+def test_what_comes_again_is_drawn_by_the_model_in_part() -> None:
+    program = capture_checkpoint(REFERENCE)
+    text = (DATA / "calibration.txt").read_text("utf-8")
+    parts = text_batches(program, load_tokenizer(REFERENCE), text, 64, 4096)
+    plan = [*parts, *reversed(parts), *parts]
+    store: dict[str, list[torch.Tensor]] = {}
+
+    def once(key: str, make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        return store[key] if key in store else store.setdefault(key, make())
+
+    def mixed() -> list[Batch]:
+        return redrawn(program, plan, 0.5, torch.Generator().manual_seed(0), once=once)
+
+    found, resumed = mixed(), mixed()
+    new = [i for i, b in enumerate(found) if b.told]
+    assert len(new) == round(0.5 * len(plan)) and min(new) >= len(parts)
+    every = [(a, b) for a, b in zip(plan, found, strict=True) if a is not b]
+    assert len(every) == len(new)
+    assert all(torch.equal(a.inputs[0], b.inputs[0]) for a, b in zip(found, resumed, strict=True))
+    given, again = (torch.cat([pair[i].inputs[0] for pair in every]) for i in (0, 1))
+    assert torch.equal(given[:, 0], again[:, 0])
+    kept = float((given == again)[:, 1:].float().mean())
+    assert 0.5 < kept < 0.7  # the model says about a third of it as it was
+    # Drawn of every token as the model holds it likely: as surprising as it is unsure.
+    sources = [b for b in parts if any(b is old for old, _ in every)]
+    with torch.no_grad():
+        logits = torch.cat([program.run(*b.inputs)[0][:, :-1] for b in sources])
+    logp = logits.float().log_softmax(-1)
+    unsure = -(logp.exp() * logp).sum(-1).mean()
+    words = torch.cat(store["drawn"])[:, 1:, None]
+    assert float(-logp.gather(-1, words).mean()) == pytest.approx(float(unsure), rel=0.05)
+    assert redrawn(program, parts, 0.5, torch.Generator()) == parts  # nothing comes again
 
 
 def test_an_encoders_rows_are_cut_elsewhere(captured: Get) -> None:

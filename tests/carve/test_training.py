@@ -326,7 +326,7 @@ def test_finetune_with_labels_lowers_what_its_judge_weighs(routed: Routed) -> No
     assert routed.judge.loss(program, None, 0.5) < loss
 
 
-def test_what_is_told_takes_the_place_of_given_text(
+def test_text_that_comes_again_is_drawn_anew(
     routed: Routed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lessons: list[Batch] = []
@@ -338,20 +338,22 @@ def test_what_is_told_takes_the_place_of_given_text(
         return loss(self, *args)
 
     monkeypatch.setattr(Finetune, "_loss", kept)
-    config = FinetuneConfig(tokens=20_000, batch=512, labels=0.5, judge=False, told_share=0.25)
+    config = FinetuneConfig(tokens=20_000, batch=512, labels=0.5, judge=False, redrawn=0.25)
     text = tokens_in(routed.batches)
-    assert config.seen(routed.dense, text) == 20_000
-    assert config.told(routed.dense, text) == 5_000
+    assert 2 * text < 20_000
     context = routed.context()
     (result,) = PassManager([Finetune(config)])(routed.copy(), context)
-    told = [b for b in lessons if b.told]
+    anew = [b for b in lessons if b.told]
     metrics = result.metrics
-    assert 5_000 <= tokens_in(told) == metrics["told"] < 5_000 + 64 * 32
-    assert 15_000 < tokens_in(lessons) == metrics["tokens"] <= 20_000
-    assert metrics["distinct"] == text + metrics["told"]
-    rows = [row.tolist() for b in told for row in b.inputs[0]]
-    assert len(set(map(tuple, rows))) == len(rows)
-    halves = [sum(b.told for b in half) for half in (lessons[:20], lessons[20:])]
+    assert tokens_in(anew) == metrics["redrawn"] == pytest.approx(5_000, abs=512)
+    assert tokens_in(lessons) == metrics["tokens"] <= 20_000
+    assert metrics["distinct"] == text
+    once = len(lessons) * text // 20_000 - 1
+    assert not any(b.told for b in lessons[:once])
+    rest = lessons[once:]
+    halves = [
+        sum(b.told for b in half) for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :])
+    ]
     assert min(halves) > 0
 
 
