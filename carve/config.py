@@ -330,8 +330,11 @@ def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
 def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
     """A pass's configuration dataclass from its table.
 
+    Numbers are at least 0, and within the class's ``RANGES`` where a field stands there.
+
     Raises:
-        UserError: an unknown key, with the nearest valid one, or a value of another type.
+        UserError: an unknown key, with the nearest valid one, or a value of another type or out of
+            range.
     """
     kinds = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
@@ -341,4 +344,9 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
             raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, known)}")
         if not _takes(kinds[key], value):
             raise _of_another_type(section, key, value, kinds[key])
+        low, high = getattr(cls, "RANGES", {}).get(key, (0, math.inf))
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, int | float) and not low <= v <= high:
+                end = f"{high}]" if high < math.inf else "infinity)"
+                raise UserError("recipe", f"{section}.{key} = {v} is outside [{low}, {end}")
     return cls(**given)

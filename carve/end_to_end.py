@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ class TrainingConfig:
     program's loss gets lower. ``labels``: weight of the text's own tokens beside the dense
     program's predictions, 0 to 1, for decoders.
     """
+
+    RANGES: ClassVar = {"batch": (1, math.inf), "labels": (0, 1)}
 
     tokens: int = 1_000_000
     rounds: int = 16

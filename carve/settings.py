@@ -61,7 +61,8 @@ def _fields(config: ast.ClassDef, tree: ast.Module) -> Iterator[Setting]:
         found, its_tree = _definition(base.id, tree)
         assert isinstance(found, ast.ClassDef)
         known |= {s.name: s for s in _fields(found, its_tree)}
-    own = [n for n in config.body if isinstance(n, ast.AnnAssign)]
+    annotated = [n for n in config.body if isinstance(n, ast.AnnAssign)]
+    own = [n for n in annotated if ast.unparse(n.annotation) != "ClassVar"]
     names = [n.target.id for n in own if isinstance(n.target, ast.Name)]
     about = _of_prose(ast.get_docstring(config) or "", names)
     for n, name in zip(own, names, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class FinetuneConfig(TrainingConfig):
     anew by the dense program (`carve.retell.redrawn`, decoders alone). ``decoders_only``: nothing
     is done for other models, to whose last hidden states `distill` leads already.
     """
+
+    RANGES: ClassVar = {**TrainingConfig.RANGES, "redrawn": (0, 1)}
 
     rate: float = 0.01
     router_rate: float = 0.001

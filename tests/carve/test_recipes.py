@@ -134,6 +134,24 @@ def test_values_of_another_type(setting: str, word: str) -> None:
         from_table(table)
 
 
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("finetune.labels=1.5", r"finetune.labels = 1.5 is outside \[0, 1\]"),
+        ("finetune.redrawn=2", r"outside \[0, 1\]"),
+        ("finetune.batch=0", r"outside \[1, "),
+        ("tune_grids.labels=-0.1", r"outside \[0, 1\]"),
+        ("refit.strengths=[0.1,-0.1]", r"refit.strengths = -0.1 is outside \[0, infinity\)"),
+        ("distill.steps=-1", r"outside \[0, infinity\)"),
+    ],
+)
+def test_values_out_of_range(setting: str, words: str) -> None:
+    table: dict[str, Any] = {"convert": {"budget": 0.6, "effort": "full"}}
+    apply_settings(table, [setting])
+    with pytest.raises(UserError, match=words):
+        passes_of(from_table(table))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_bundled_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
