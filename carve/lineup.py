@@ -21,14 +21,14 @@ LAYER_TOKENS = 2 * _TEXT_TOKENS
 SHORT: dict[str, Any] = {"tokens": LAYER_TOKENS, "work": 1e13, "decoders_only": True}
 """An end-to-end pass of minutes; encoders hardly gain by it."""
 _LONG: dict[str, Any] = {
-    "tokens": 8_000_000,
-    "rounds": 8,
+    "tokens": 5_000_000,
+    "rounds": 5,
     "batch": 2048,
-    "redrawn": 0.6,
+    "redrawn": 0.33,
 }
 """One of hours. Text repeated up to four times is worth nearly as much as new text (Muennighoff et
-al., arXiv 2305.16264); here five times were worse than three, but where most of what comes again
-is drawn anew, six are better than three."""
+al., arXiv 2305.16264); here five times were worse than three, and a third of it drawn anew better
+than none; more of it keeps the program nearer to the dense one and teaches fewer labels."""
 _LABELS = 0.5
 """Weight of the labels of text that is given for effort ``full``."""
 
