@@ -61,10 +61,6 @@ class TrainingConfig:
         """Distinct tokens to be told for the pass alone, besides the given ones."""
         return 0
 
-    def seen(self, dense: Program, given: int) -> int:
-        """Tokens seen in all, of so many given ones and those that are told."""
-        return self.tokens_for(dense.num_parameters, given + self.told(dense, given))
-
     def plan(
         self, program: Program, batches: Sequence[Batch], generator: torch.Generator
     ) -> list[Batch]:

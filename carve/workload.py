@@ -260,8 +260,9 @@ def training(scene: Scene, config: TrainingConfig) -> tuple[float, float, int]:
     """Tokens that a pass which trains the whole program sees, its steps, and tokens told for it."""
     if not config.serves(scene.program):
         return 0.0, 0.0, 0
-    told = config.told(scene.program, scene.tokens.calibration)
-    t = config.seen(scene.program, scene.tokens.calibration)
+    given = scene.tokens.calibration
+    told = config.told(scene.program, given)
+    t = config.tokens_for(scene.program.num_parameters, given + told)
     steps = t / min(config.batch, scene.usual)
     return (t, steps, told) if steps >= LEAST_STEPS else (0.0, 0.0, told)
 
