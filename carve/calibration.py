@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DATA = Path(__file__).parent / "data"
-_ROWS = 8
+BATCH_ROWS = 8
 """Rows of a batch of text."""
 _GOLDEN = 0.6180339887498949
 
@@ -199,7 +199,7 @@ def text_batches(
         UserError: the text is shorter than one row, or the program takes no text.
     """
     if program.kind == "decoder":
-        return decoder_batches(program, token_rows(tokenizer, text, length, tokens), _ROWS)
+        return decoder_batches(program, token_rows(tokenizer, text, length, tokens), BATCH_ROWS)
     if program.inputs[:1] != ["input_ids"]:
         raise UserError(
             "text", "this program takes no text", "give calibration batches from Python"
@@ -211,7 +211,7 @@ def text_batches(
             "the text holds fewer than 8 paragraphs of 40 characters",
             "give a longer text",
         )
-    return sentence_batches(tokenizer, sentences, length, _ROWS)
+    return sentence_batches(tokenizer, sentences, length, BATCH_ROWS)
 
 
 def limit_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
@@ -289,9 +289,12 @@ class SiteInputs:
         """Tokens collected."""
         return next(iter(self._inputs.values())).shape[0]
 
-    def of(self, site: FFNSite, limit: int | None = None) -> Tensor:
-        """Inputs of ``site`` in fp32, ``[T, d]``, evenly thinned to ``limit`` tokens."""
-        x = self._inputs[site.name]
+    def of(self, site: FFNSite, limit: int | None = None, first: int | None = None) -> Tensor:
+        """Inputs of ``site`` in fp32, ``[T, d]``, evenly thinned to ``limit`` tokens.
+
+        ``first``: only of so many tokens, the first ones.
+        """
+        x = self._inputs[site.name][:first]
         if limit is not None and x.shape[0] > limit:
             x = x[torch.linspace(0, x.shape[0] - 1, limit).long()]
         return x.float()

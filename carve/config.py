@@ -61,7 +61,7 @@ class ConvertConfig:
             passes fit a plainer form, and their weights are not quantized: the engines do that.
         effort: ``none`` (closed forms only), ``layer`` (layer-wise distillation on at most 100K
             tokens of text, then minutes of training end to end where the model is small enough) or
-            ``full`` (up to three million tokens end to end, of ``calibration`` text if it is given;
+            ``full`` (up to five million tokens end to end, of ``calibration`` text if it is given;
             then its own tokens teach with the dense model's predictions).
         skip: share of tokens that pass round a gated block, in [0, 1), where as many blocks are
             gated as save what the deep half would; 0 has no gates, ``auto`` lets the allocation
@@ -333,8 +333,8 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
     Numbers are at least 0, and within the class's ``RANGES`` where a field stands there.
 
     Raises:
-        UserError: an unknown key, with the nearest valid one, or a value of another type or out of
-            range.
+        UserError: an unknown key, with the nearest valid one, or a value of another type, out of
+            range or empty.
     """
     kinds = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
@@ -344,6 +344,8 @@ def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
             raise UserError("recipe", f"unknown key {section}.{key}{nearest(key, known)}")
         if not _takes(kinds[key], value):
             raise _of_another_type(section, key, value, kinds[key])
+        if value == ():
+            raise UserError("recipe", f"{section}.{key} is an empty list")
         low, high = getattr(cls, "RANGES", {}).get(key, (0, math.inf))
         for v in value if isinstance(value, tuple) else (value,):
             if isinstance(v, int | float) and not low <= v <= high:

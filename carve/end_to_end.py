@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from carve.calibration import Batch
 from carve.passbase import Context
 from carve.program import Kind, Program
 from carve.retell import tokens_in
-from carve.tuning import cosine
+from carve.tuning import cosine, short_warmup
 
 LEAST_STEPS = 8
 """Fewer than so many steps are not worth a beginning."""
@@ -29,7 +30,8 @@ class TrainingConfig:
 
     ``tokens``: seen in all at the most. ``rounds``: times that text is repeated at the most.
     ``work``: multiply-accumulates at the most, 0 for no limit, which leaves a large program fewer
-    tokens; where they make fewer than 8 steps, nothing is done. ``batch``: tokens a step.
+    tokens; where they make fewer than 8 steps, nothing is done. ``batch``: tokens a step, as
+    far as batches go, which are split and not joined.
     ``save_seconds``: time between states to go on from. ``judge``: keep the pass only where the
     program's loss gets lower. ``labels``: weight of the text's own tokens beside the dense
     program's predictions, 0 to 1, for decoders.
@@ -177,7 +179,7 @@ def train(
     losses: list[float] = []
     first = training_state.load(context.partial, model, optimizers, losses)
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    warmup = max(1, min(20, len(batches) // 8))
+    warmup = short_warmup(len(batches))
     saved = time.monotonic()
     for step in context.progress(range(first, len(batches)), label):
         value = loss(batches[step])
@@ -198,6 +200,6 @@ def train(
 
 def quarters(losses: Sequence[float]) -> list[float]:
     """Mean loss over quarters of the steps."""
-    size = max(1, len(losses) // 4)
-    parts = [losses[i : i + size] for i in range(0, len(losses), size)][:4]
-    return [sum(p) / len(p) for p in parts]
+    ends = [i * len(losses) // 4 for i in range(5)]
+    parts = [losses[a:b] for a, b in pairwise(ends)]
+    return [sum(p) / len(p) for p in parts if p]

@@ -114,7 +114,7 @@ def default_tokens(config: ConvertConfig, parameters: int) -> Tokens:
     """Small models get what the bundled text holds; a large one what minutes of passes allow.
 
     ``calibration`` is bounded so that walking over the sites, two forward passes and a bit, stays
-    near two minutes on a small machine, and by 100K tokens.
+    near two minutes on a small machine, and by 100K tokens, or a million for effort ``full``.
     """
     scale = 2e13 / (2 * parameters)
     effort = "none" if config.exact else config.effort

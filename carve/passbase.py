@@ -318,9 +318,9 @@ class PassManager:
                 if self.keeper is not None:
                     self.keeper.failed(i, e)
                 before = ", ".join(r.name for r in done) or "none"
-                raise type(e)(
-                    e.code, f"pass {p.name} (after: {before}): {e.message}", e.hint
-                ) from e
+                e.message = f"pass {p.name} (after: {before}): {e.message}"
+                e.args = (e.message,)
+                raise
             seconds = time.monotonic() - began
             trim_heap()
             record = PassResult(

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from carve.calibration import Batch, decoder_batches, hold_back, padded_batches
+from carve.calibration import BATCH_ROWS, Batch, decoder_batches, hold_back, padded_batches
 from carve.program import Program
 
 ENOUGH = 24_576
@@ -113,7 +113,7 @@ def more(
     if program.kind == "encoder":
         return recut(batches, tokens, generator)
     told = once("told", lambda: told_again(program, batches, tokens, generator, progress))
-    return [replace(b, told=True) for b in decoder_batches(program, told, 8)]
+    return [replace(b, told=True) for b in decoder_batches(program, told, BATCH_ROWS)]
 
 
 def redrawn(
@@ -198,7 +198,7 @@ def recut(batches: Sequence[Batch], tokens: int, generator: torch.Generator) -> 
             break
         found.append([*first, *islice(every, min(len(bodies[i]), most)), *last])
         tokens -= len(found[-1])
-    return padded_batches(found, len(batches[0].inputs[0]))
+    return padded_batches(found, max(len(b.inputs[0]) for b in batches))
 
 
 def _usual(tokens: Sequence[int]) -> list[int]:

@@ -273,6 +273,11 @@ def cosine(step: int, steps: int, warmup: int = 20) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
+def short_warmup(steps: int) -> int:
+    """Steps of the rise where there may be few: an eighth, 20 at the most."""
+    return max(1, min(20, steps // 8))
+
+
 def shuffled(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
     """``steps`` batches of ``size`` indices below ``count``, each pass over them in a new order."""
     order, at = torch.randperm(count, generator=generator), 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +36,13 @@ class AllocateConfig:
     width's loss, and ``joint``: how much more several gates cost than each alone, both as measured
     on the reference model, so that the two savings are compared as they end up.
     """
+
+    RANGES: ClassVar = {
+        "probe": (0.01, 1),
+        "step": (0.001, 1),
+        "tokens": (1, math.inf),
+        "skips": (0.001, 0.999),
+    }
 
     policy: str = "measured"
     probe: float = 0.5
@@ -115,7 +124,13 @@ class Allocate(Pass[AllocateConfig]):
 
         gates = self._gates(program, context) if self.config.skip else {}
 
-        uniform = sum(narrow(s, context.splits[s.name]) for s in program.sites)
+        def carved() -> float:
+            return sum(
+                (1.0 - context.skips.get(s.name, 0.0)) * narrow(s, context.splits[s.name])
+                for s in program.sites
+            )
+
+        uniform = carved()
         bound = uniform
         if self.config.policy == "measured":
             choose = self._choose_equal if context.request.form.plain else self._choose
@@ -125,11 +140,7 @@ class Allocate(Pass[AllocateConfig]):
             dict(context.skips),
             sensitivity,
             {name: g.sensitivity for name, g in gates.items()},
-            sum(
-                (1.0 - context.skips.get(s.name, 0.0)) * narrow(s, context.splits[s.name])
-                for s in program.sites
-            )
-            + sum(gates[n].loss(r) for n, r in context.skips.items() if n in gates),
+            carved() + sum(gates[n].loss(r) for n, r in context.skips.items() if n in gates),
             uniform,
             bound,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ class CarveConfig:
     ``tokens``: calibration tokens for the grouping. ``iterations``: rounds of assignment and
     centroids at the most.
     """
+
+    RANGES: ClassVar = {"tokens": (1, math.inf)}
 
     tokens: int = 4096
     iterations: int = 8
@@ -133,6 +137,8 @@ def _spread(f: Tensor, count: int) -> Tensor:
     """Rows far from one another, the first the strongest: seeds for the groups."""
     chosen = [0]
     nearest = f @ f[0]
+    # A neuron that never moves is like nothing, and so would be far from everything.
+    nearest[f.norm(dim=1) == 0] = torch.inf
     for _ in range(count - 1):
         chosen.append(int(nearest.argmin()))
         nearest = torch.maximum(nearest, f @ f[chosen[-1]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class CompensateConfig:
     conditional mean, as a share of the mean diagonal of the normal equations. ``judge``: keep a
     site's compensation only where it helps end to end.
     """
+
+    RANGES: ClassVar = {"tokens": (1, math.inf), "shrink": (1e-6, math.inf)}
 
     tokens: int = 16384
     shrink: float = 0.02

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from carve.ffn import RoutedFFN
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
 from carve.statistics import Fit, refit_down
-from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision, shuffled
+from carve.tuning import MaskedFFN, calibrated, cosine, mixed_precision, short_warmup, shuffled
 from carve.walk import Lesson, walk
 
 
@@ -26,6 +28,8 @@ class DistillConfig:
     of the closed form after the steps. ``judge``: keep the whole pass only where the program's loss
     against the dense one, end to end, gets lower.
     """
+
+    RANGES: ClassVar = {"batch": (1, math.inf)}
 
     steps: int = 0
     batch: int = 2048
@@ -137,10 +141,11 @@ class Distill(Pass[DistillConfig]):
         routed = model.source
         optimizer = torch.optim.Adam(model.groups(self.config.rate, 0.0), betas=(0.9, 0.95))
         scale = (weight[:, None] * (target - target.mean(0)).square()).mean().clamp_min(1e-30)
+        warmup = short_warmup(steps)
         picks = shuffled(len(rows), self.config.batch, steps, generator)
         for step, pick in enumerate(picks):
             for group in optimizer.param_groups:
-                group["lr"] = group["base"] * cosine(step, steps)
+                group["lr"] = group["base"] * cosine(step, steps, warmup)
             at = rows[pick]
             with mixed_precision():
                 y = model(x[at])

@@ -93,7 +93,8 @@ class Finetune(Pass[FinetuneConfig]):
         c = self.config
         dense = need_dense(context, self.name)
         batches = context.stream or context.batches
-        plan = c.plan(dense, batches, context.generator(self.name))
+        # Gates alone may have met the budget, and nothing was carved.
+        plan = c.plan(dense, batches, context.generator(self.name)) if program.carved else []
         if not plan:
             return FinetuneMetrics([], 0, 0, 0, kept=False)
         given = plan
@@ -170,6 +171,9 @@ class Finetune(Pass[FinetuneConfig]):
             with torch.no_grad():
                 want = dense.differentiable(*batch.inputs, replace=taught, only_first=True)[0]
             have = program.differentiable(*batch.inputs, replace=models, only_first=True)[0]
+        for model in models.values():
+            if model.last_logits is not None:
+                model.last_logits = batch.counted(model.last_logits)
         return divergence(program.kind, want, have, batch, labels)
 
     @torch.no_grad()

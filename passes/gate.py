@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class GateConfig:
     ``steps``: of that training. ``batch``: rows a step. ``rate``: of Adam, relative to the scores'
     size.
     """
+
+    RANGES: ClassVar = {"tokens": (1, math.inf), "batch": (1, math.inf)}
 
     bridge: str = "auto"
     rank: int = BRIDGE_RANK

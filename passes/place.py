@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +28,8 @@ class PlaceConfig(PlaceSettings):
     of them to place and half to score. ``batch``: tokens served at a time, for throughput;
     ``context``: tokens in each of their caches, for the host's memory.
     """
+
+    RANGES: ClassVar = {"tokens": (2, math.inf), "batch": (1, math.inf)}
 
     devices: str = ""
     tokens: int = 16_384

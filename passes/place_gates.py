@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from carve.allocate import Option, allocate
 from carve.budget import plan_widths
@@ -24,6 +26,8 @@ class PlaceGatesConfig:
     ``blocks``: ``measured``, or ``deep`` for the deep half without the last layer. ``tokens``:
     calibration tokens to fit gates on for the measurement.
     """
+
+    RANGES: ClassVar = {"tokens": (1, math.inf)}
 
     blocks: str = "measured"
     tokens: int = 8192

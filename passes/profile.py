@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class ProfileConfig:
     fraction and not CMoE's ``K_a = 10``, which leaves most neurons of a small model without a mark.
     ``chunk``: tokens at a time.
     """
+
+    RANGES: ClassVar = {"activation_fraction": (0, 1), "chunk": (1, math.inf)}
 
     activation_fraction: float = 0.1
     chunk: int = 2048

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class QuantizeConfig:
     32, or 128 where all widths of a unit are multiples of it (4.25 bits a weight, not 5). ``rest``:
     keep where each weight lay within its level, which `carve.passes.TuneGrids` goes on from.
     """
+
+    RANGES: ClassVar = {"tokens": (1, math.inf)}
 
     method: str = "carve"
     tokens: int = 24_576

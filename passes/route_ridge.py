@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ class RouteRidgeConfig:
     takes at most so many times the mean number of experts.
     """
 
+    RANGES: ClassVar = {"tokens": (2, math.inf), "held_out": (0.001, 1)}
+
     tokens: int = 32768
     strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     power: float = 1.0
@@ -36,10 +40,11 @@ class RouteRidgeConfig:
 
 @dataclass(frozen=True)
 class RouteRidgeMetrics:
-    """By site, on tokens held out from the fit.
+    """By site.
 
-    ``captured``: energy of the chosen experts as a share of the oracle's; ``agreement``: share of
-    the oracle's experts chosen; ``strength``: the ridge strength that won; ``load_max``: largest
+    ``captured``: energy of the chosen experts as a share of the oracle's, on tokens held out from
+    the fit; ``agreement``: share of the oracle's experts chosen there, when they have joined it;
+    ``strength``: the ridge strength that won; ``load_max``: largest
     share of tokens that one expert takes, over the mean; ``k_deviation``: standard deviation of the
     number of experts a token takes.
     """
@@ -123,7 +128,9 @@ class RouteRidge(Pass[RouteRidgeConfig]):
         if self.config.dynamic:
             most = min(routed.num_experts, max(top_k, round(self.config.most * top_k)))
             new = replace(new, top_k=most, dynamic=True)
-            new = calibrated(new, x, context.experts(site))
+            # What the model told itself does not say how many experts text takes.
+            given = context.inputs.of(site, self.config.tokens, context.given)
+            new = calibrated(new, given, context.experts(site))
         program.set_routed(site, new)
         metrics.strength[site.name] = strength
         chosen = new.chosen(x).float()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +33,8 @@ class SmoothConfig:
     ``alphas``: shares of the activations in the scale that are tried; ``tokens``: calibration
     tokens; ``forced``: take the first of ``alphas`` everywhere, as published.
     """
+
+    RANGES: ClassVar = {"tokens": (1, math.inf), "alphas": (0, 1)}
 
     alphas: tuple[float, ...] = (0.0, 0.3, 0.6)
     tokens: int = 4_096

@@ -22,6 +22,7 @@ from carve.passbase import Context, PassManager
 from carve.passes import Allocate, AllocateConfig, Profile, ProfileConfig
 from carve.program import Program
 from carve.sites import FFN
+from carve.statistics import weights_of_size
 
 # Whole costs: at the limit itself a solver's tolerance and a sum of floats may each go either way.
 COST = st.integers(0, 20)
@@ -51,7 +52,7 @@ def test_the_choice_is_the_best_of_all(
     found = allocate(options, limits)
     best = min(sum(o.loss for o in c) for c in possible)
     assert found.loss == pytest.approx(best, abs=1e-5)
-    assert found.bound <= found.loss
+    assert found.bound == pytest.approx(best, abs=1e-4)
     assert fits(tuple(found.chosen.values()))
 
 
@@ -140,6 +141,11 @@ def test_the_probe_is_the_best_linear_reconstruction(checkpoint: Path) -> None:
     assert float(errors[-1]) == 0
     assert bool((errors[1:] <= errors[:-1] * (1 + 1e-5)).all())
     x = context.inputs.of(site)
+    square = (probe(x) - site.dense(x)).square().sum(1)
+    weight = weights_of_size(site.dense(x))
+    half = site.dense.intermediate_size // 2
+    said = float((weight * square).sum() / weight.sum())
+    assert float(errors[half]) == pytest.approx(said, rel=0.02)
     miss = (probe(x) - site.dense(x)).square().sum()
     kept = program.notes["profile"][site.name].energy.argsort(descending=True)
     plain = site.dense.hidden(x)

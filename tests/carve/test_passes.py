@@ -30,6 +30,7 @@ from carve.passes import (
     RouteRidge,
     RouteRidgeConfig,
 )
+from carve.passes.carve import _spread
 from carve.program import Program
 from carve.sites import FFNSite
 from carve.statistics import expert_energy, ridge, weights_of_size
@@ -138,6 +139,16 @@ def test_carve_covers_every_neuron_once(setting: Setting) -> None:
         metrics = results[1].metrics
         assert metrics["splits"][site.name] == asdict(SPLIT)
         assert metrics["cohesion"][site.name] > metrics["cohesion_random"][site.name]
+
+
+def test_seeds_of_groups_are_far_apart_and_alive() -> None:
+    dead, *alive = torch.zeros(4), *torch.eye(4)
+    f = torch.stack([alive[0], dead, alive[1], dead, alive[2], alive[1], alive[3]])
+    assert sorted(_spread(f, 4).tolist()) in ([0, 2, 4, 6], [0, 4, 5, 6])
+    # What is left is somewhat like a seed, and still nearer to it than to nothing.
+    between = (alive[0] + alive[1]) / 2**0.5
+    assert _spread(torch.stack([*alive[:2], dead, between]), 3).tolist() == [0, 1, 3]
+    assert len(_spread(torch.zeros(3, 4), 2)) == 2
 
 
 def test_carved_program_equals_the_dense_one(setting: Setting) -> None:

@@ -142,6 +142,12 @@ def test_values_of_another_type(setting: str, word: str) -> None:
         ("finetune.batch=0", r"outside \[1, "),
         ("tune_grids.labels=-0.1", r"outside \[0, 1\]"),
         ("refit.strengths=[0.1,-0.1]", r"refit.strengths = -0.1 is outside \[0, infinity\)"),
+        ("distill.strengths=[]", r"distill.strengths is an empty list"),
+        ("distill.batch=0", r"outside \[1, "),
+        ("route_ridge.held_out=0", r"outside \[0.001, 1\]"),
+        ("allocate.step=0", r"outside \[0.001, 1\]"),
+        ("allocate.probe=1.5", r"outside \[0.01, 1\]"),
+        ("profile.activation_fraction=2", r"outside \[0, 1\]"),
         ("distill.steps=-1", r"outside \[0, infinity\)"),
     ],
 )

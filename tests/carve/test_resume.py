@@ -16,7 +16,6 @@ import torch
 
 from carve import cli
 from carve.artifact import Artifact
-from carve.state_folder import state_path
 
 SMALL = [
     "--budget", "0.7", "--effort", "none", "--target", "hf",
@@ -69,22 +68,6 @@ def test_until_then_resume(
     assert answer["error"]["code"] == "state"
     assert "route_ridge" in answer["error"]["message"]
     resumes(checkpoint, out, digest, capsys, caplog)
-
-
-def weights_in(out: Path) -> set[str]:
-    """Names of the files of a conversion's state, which are hashes of what they hold."""
-    return {p.name for p in (state_path(out) / "objects").iterdir()}
-
-
-def test_another_seed_gives_another_split(
-    checkpoint: Path, tmp_path: Path, capsys: Captured
-) -> None:
-    found = []
-    for seed in ("0", "1"):
-        out = tmp_path / seed
-        assert convert(checkpoint, out, capsys, "--until", "carve", "--seed", seed)[0] == 0
-        found.append(weights_in(out))
-    assert found[0] - found[1]
 
 
 def at(label: str, act: Callable[[], None]) -> Any:

@@ -46,7 +46,7 @@ from carve.passes import (
 from carve.program import Program
 from carve.state import PassStates
 from carve.state_folder import Course
-from carve.store import Store, Stored, read_index, write_index
+from carve.store import StateError, Store, Stored, read_index, write_index
 
 SPLIT = Split(shared_size=64, expert_size=32, num_experts=6, top_k=2)
 
@@ -371,6 +371,19 @@ def test_a_damaged_state_is_redone_or_refused(
         assert set(labels) == {"quantize"}
         assert "quantize and what follows it is redone" in caplog.text
         assert contents(folder) == whole.parts
+
+
+def test_a_state_that_fails_within_a_pass_is_named(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Refit, *given: object) -> None:
+        raise StateError("it is gone")
+
+    monkeypatch.setattr(Refit, "call", fail)
+    with pytest.raises(StateError, match=r"pass refit \(after: .*it is gone") as found:
+        whole.bench.run(tmp_path, passes=[*whole.bench.passes[:3], Refit(RefitConfig())])
+    assert "refit" in found.value.message
+    assert found.value.hint
 
 
 def test_a_pass_that_breaks_its_contract_leaves_nothing(whole: Whole, tmp_path: Path) -> None:

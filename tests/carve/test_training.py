@@ -23,7 +23,7 @@ from carve.calibration import (
     hold_back,
 )
 from carve.dialect import select
-from carve.end_to_end import divergence
+from carve.end_to_end import divergence, quarters
 from carve.evaluate import LanguageQuality
 from carve.passbase import Pass, PassManager, need_routed, unless_worse
 from carve.passes import (
@@ -311,6 +311,20 @@ def test_finetune_lowers_the_loss(routed: Routed, tmp_path: Path) -> None:
     assert metrics["loss"][-1] < metrics["loss"][0]
     assert 15_000 < metrics["tokens"] <= 20_000
     assert metrics["distinct"] == sum(b.inputs[0].numel() for b in routed.batches)
+
+
+def test_finetune_leaves_a_program_that_gates_alone_made_cheaper(routed: Routed) -> None:
+    program = routed.dense.copy()
+    program.notes["carve"] = {}  # as `Carve` leaves it there
+    (result,) = PassManager([Finetune(FinetuneConfig(batch=256))])(program, routed.context())
+    assert result.metrics["tokens"] == 0
+    assert not result.metrics["kept"]
+
+
+def test_losses_are_told_by_quarters_of_the_steps() -> None:
+    assert quarters([float(i) for i in range(11)]) == [0.5, 3.0, 6.0, 9.0]
+    assert quarters([1.0, 2.0]) == [1.0, 2.0]
+    assert quarters([]) == []
 
 
 def test_finetune_with_labels_lowers_what_its_judge_weighs(routed: Routed) -> None:
