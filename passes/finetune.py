@@ -122,17 +122,27 @@ class Finetune(Pass[FinetuneConfig]):
             share = self._steps(program, dense, models, plan[:2])
             rates = c.rate * share, c.router_rate * share
             balance = Balance(models, {s.name: context.experts(s) for s in program.carved})
+
+            def learn(batch: Batch) -> Tensor:
+                loss = self._loss(program, dense, models, batch, c.labels)
+                for model in balance.models:  # padding has no say in what experts cost
+                    assert model.last_logits is not None
+                    model.last_logits = batch.counted(model.last_logits)
+                return loss
+
             losses[:] = train(
                 nn.ModuleDict({n.replace(".", "/"): m for n, m in models.items()}),
                 _optimizers([g for m in models.values() for g in m.groups(*rates)]),
                 plan,
-                lambda batch: self._loss(program, dense, models, batch, c.labels),
+                learn,
                 context,
                 self.name,
                 save_seconds=c.save_seconds,
                 after_step=lambda: balance.hold(balance.last(), 0.02),
             )
-            real = limit_batches(context.batches, context.given or tokens_in(context.batches))
+            real = context.batches
+            if context.given is not None:
+                real = limit_batches(real, context.given)
             means = self._settle(program, models, balance, real)
             for site in program.carved:
                 routed = models[site.name].export()
@@ -171,9 +181,6 @@ class Finetune(Pass[FinetuneConfig]):
             with torch.no_grad():
                 want = dense.differentiable(*batch.inputs, replace=taught, only_first=True)[0]
             have = program.differentiable(*batch.inputs, replace=models, only_first=True)[0]
-        for model in models.values():
-            if model.last_logits is not None:
-                model.last_logits = batch.counted(model.last_logits)
         return divergence(program.kind, want, have, batch, labels)
 
     @torch.no_grad()

@@ -371,6 +371,28 @@ def test_text_that_comes_again_is_drawn_anew(
     assert min(halves) > 0
 
 
+def test_padding_has_no_say_in_what_experts_cost(
+    routed: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, hold = [], Balance.hold
+
+    def counting(self: Balance, logits: list[Tensor], speed: float = 1.0) -> float:
+        rows.append({len(x) for x in logits})
+        return hold(self, logits, speed)
+
+    monkeypatch.setattr(Balance, "hold", counting)
+    context = routed.context()
+    mask = torch.arange(64).expand(2, 64) < torch.tensor([[64], [10]])
+    context.batches = [
+        replace(b.rows(i, i + 2), mask=mask)
+        for b in routed.batches
+        for i in range(0, len(b.inputs[0]) - 1, 2)
+    ]
+    config = FinetuneConfig(tokens=8 * 74, batch=74, judge=False)
+    PassManager([Finetune(config)])(routed.copy(), context)
+    assert rows == [{74}] * 8 + [{tokens_in(context.batches)}]
+
+
 def test_labels_of_told_text_teach_nothing(routed: Routed) -> None:
     batch = routed.batches[0]
     want, have = (torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
