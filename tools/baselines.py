@@ -170,7 +170,7 @@ def flap(
 
     Score of a neuron: ``Var(h_i) |w_i|^2`` (WIFV, the fluctuation that a constant cannot replace).
     ``adaptive``: scores are standardised within each layer and one threshold over all layers keeps
-    ``share`` of the neurons, so layers get widths of their own (UL-MM's AL form); else ``share`` of
+    ``share`` of the neurons, so layers get widths of their own (its AL-MM); else ``share`` of
     every layer. What is dropped leaves ``W_d[:, dropped] E[h]`` in the output bias.
     """
     scores, means = {}, {}

@@ -49,11 +49,13 @@ def main() -> None:
     )
     program = capture_transformers(hf.LlamaForCausalLM(config))
     each = program.num_parameters - program.lookups[0].weight.numel()
-    given = default_tokens(ConvertConfig(ffn_active=0.5), args.layers * each).calibration
+    effort = "none" if args.quantize else "layer"
+    asked = ConvertConfig(ffn_active=0.5, effort=effort)
+    given = default_tokens(asked, args.layers * each).calibration
     rows = torch.randint(0, 1024, (-(-(args.tokens or given) // 512), 512))
     batches, judged = hold_back(decoder_batches(program, rows, 8), 512)
     inputs = SiteInputs.collect(program, batches)
-    request = make_request(program, None, 0.5)
+    request = make_request(program, None, 0.5, asked.shared_share)
     widths = plan_widths(program, request)
     context = Context(batches, inputs, request, widths, judge=Evaluator(program, judged).loss)
     passes = [

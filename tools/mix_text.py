@@ -5,7 +5,7 @@
 Every ``NAME.txt`` of the folder is a domain. Its text is cut into pieces of 4,000 characters, of
 which a random choice is taken; the pieces stand in a random order. The shares that are taken where
 none are given are those of carve's bundled text, so that what a model learns from is as mixed as
-what it is judged on.
+what it is judged on. What the folder holds must not be among the text that judges.
 """
 
 from __future__ import annotations

