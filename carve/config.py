@@ -327,6 +327,10 @@ def apply_settings(table: dict[str, Any], settings: list[str]) -> None:
         table.setdefault(section, {})[key] = value
 
 
+AT_LEAST_ONE = (1, math.inf)
+"""A range for the ``RANGES`` of a pass's configuration, see `build`."""
+
+
 def build(cls: type[Any], section: str, values: dict[str, Any]) -> Any:
     """A pass's configuration dataclass from its table.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from carve import training_state
 from carve.calibration import Batch
+from carve.config import AT_LEAST_ONE
 from carve.passbase import Context
 from carve.program import Kind, Program
 from carve.retell import tokens_in
@@ -30,14 +30,13 @@ class TrainingConfig:
 
     ``tokens``: seen in all at the most. ``rounds``: times that text is repeated at the most.
     ``work``: multiply-accumulates at the most, 0 for no limit, which leaves a large program fewer
-    tokens; where they make fewer than 8 steps, nothing is done. ``batch``: tokens a step, as
-    far as batches go, which are split and not joined.
-    ``save_seconds``: time between states to go on from. ``judge``: keep the pass only where the
-    program's loss gets lower. ``labels``: weight of the text's own tokens beside the dense
-    program's predictions, 0 to 1, for decoders.
+    tokens; where they make fewer than 8 steps, nothing is done. ``batch``: tokens a step, as far as
+    batches go, which are split and not joined. ``save_seconds``: time between states to go on from.
+    ``judge``: keep the pass only where the program's loss gets lower. ``labels``: weight of the
+    text's own tokens beside the dense program's predictions, 0 to 1, for decoders.
     """
 
-    RANGES: ClassVar = {"batch": (1, math.inf), "labels": (0, 1)}
+    RANGES: ClassVar = {"batch": AT_LEAST_ONE, "labels": (0, 1)}
 
     tokens: int = 1_000_000
     rounds: int = 16
@@ -166,7 +165,7 @@ def train(
     label: str,
     *,
     save_seconds: float,
-    after_step: Callable[[], object] = lambda: None,
+    after_step: Callable[[Batch], object] = lambda _: None,
 ) -> list[float]:
     """A step on each of ``batches``, with a cosine and a bound on the gradient.
 
@@ -190,7 +189,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * cosine(step, len(batches), warmup)
             optimizer.step()
-        after_step()
+        after_step(batches[step])
         losses.append(value.item())
         if time.monotonic() - saved > save_seconds:
             training_state.save(context.partial, model, optimizers, step + 1, losses)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,6 +12,7 @@ from torch import Tensor
 from carve.allocate import Option, allocate
 from carve.budget import Request, Split, choose_split, cost_of, equal_widths, skip_saving
 from carve.calibration import limit_batches
+from carve.config import AT_LEAST_ONE
 from carve.errors import UserError
 from carve.ffn import DenseFFN
 from carve.passbase import Context, ContractError, Pass, need_notes
@@ -40,7 +40,7 @@ class AllocateConfig:
     RANGES: ClassVar = {
         "probe": (0.01, 1),
         "step": (0.001, 1),
-        "tokens": (1, math.inf),
+        "tokens": AT_LEAST_ONE,
         "skips": (0.001, 0.999),
     }
 

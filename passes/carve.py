@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from carve.assign import balanced_assignment
 from carve.budget import Split
+from carve.config import AT_LEAST_ONE
 from carve.ffn import DenseFFN, RoutedFFN
 from carve.passbase import Context, ContractError, Pass, need_notes
 from carve.program import Program
@@ -26,7 +26,7 @@ class CarveConfig:
     centroids at the most.
     """
 
-    RANGES: ClassVar = {"tokens": (1, math.inf)}
+    RANGES: ClassVar = {"tokens": AT_LEAST_ONE}
 
     tokens: int = 4096
     iterations: int = 8

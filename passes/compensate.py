@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from carve.config import AT_LEAST_ONE
 from carve.ffn import RoutedFFN
 from carve.passbase import Context, Pass, need_notes, need_routed
 from carve.program import Program
@@ -25,7 +26,7 @@ class CompensateConfig:
     site's compensation only where it helps end to end.
     """
 
-    RANGES: ClassVar = {"tokens": (1, math.inf), "shrink": (1e-6, math.inf)}
+    RANGES: ClassVar = {"tokens": AT_LEAST_ONE, "shrink": (1e-6, math.inf)}
 
     tokens: int = 16384
     shrink: float = 0.02

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from carve.config import AT_LEAST_ONE
 from carve.ffn import RoutedFFN
 from carve.passbase import Context, Pass, need_notes, need_routed, unless_worse
 from carve.program import Program
@@ -29,7 +29,7 @@ class DistillConfig:
     against the dense one, end to end, gets lower.
     """
 
-    RANGES: ClassVar = {"batch": (1, math.inf)}
+    RANGES: ClassVar = {"batch": AT_LEAST_ONE}
 
     steps: int = 0
     batch: int = 2048

@@ -122,23 +122,18 @@ class Finetune(Pass[FinetuneConfig]):
             share = self._steps(program, dense, models, plan[:2])
             rates = c.rate * share, c.router_rate * share
             balance = Balance(models, {s.name: context.experts(s) for s in program.carved})
-
-            def learn(batch: Batch) -> Tensor:
-                loss = self._loss(program, dense, models, batch, c.labels)
-                for model in balance.models:  # padding has no say in what experts cost
-                    assert model.last_logits is not None
-                    model.last_logits = batch.counted(model.last_logits)
-                return loss
-
             losses[:] = train(
                 nn.ModuleDict({n.replace(".", "/"): m for n, m in models.items()}),
                 _optimizers([g for m in models.values() for g in m.groups(*rates)]),
                 plan,
-                learn,
+                lambda batch: self._loss(program, dense, models, batch, c.labels),
                 context,
                 self.name,
                 save_seconds=c.save_seconds,
-                after_step=lambda: balance.hold(balance.last(), 0.02),
+                # Padding has no say in what experts cost.
+                after_step=lambda batch: balance.hold(
+                    [batch.counted(x) for x in balance.last()], 0.02
+                ),
             )
             real = context.batches
             if context.given is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from carve.budget import BRIDGE_RANK
 from carve.calibration import limit_batches
+from carve.config import AT_LEAST_ONE
 from carve.errors import UserError
 from carve.gate_training import skip_losses, train_adapter, train_scores
 from carve.gates import BRIDGES, SkipLesson, fit_gate, skipped_error, with_rate
@@ -36,7 +36,7 @@ class GateConfig:
     size.
     """
 
-    RANGES: ClassVar = {"tokens": (1, math.inf), "batch": (1, math.inf)}
+    RANGES: ClassVar = {"tokens": AT_LEAST_ONE, "batch": AT_LEAST_ONE}
 
     bridge: str = "auto"
     rank: int = BRIDGE_RANK

@@ -11,6 +11,7 @@ import numpy as np
 
 from carve.arithmetic import as_emitted
 from carve.calibration import limit_batches
+from carve.config import AT_LEAST_ONE
 from carve.passbase import Context, ContractError, Pass
 from carve.placement.devices import Devices, read_devices
 from carve.placement.place import PlaceSettings, place
@@ -29,7 +30,7 @@ class PlaceConfig(PlaceSettings):
     ``context``: tokens in each of their caches, for the host's memory.
     """
 
-    RANGES: ClassVar = {"tokens": (2, math.inf), "batch": (1, math.inf)}
+    RANGES: ClassVar = {"tokens": (2, math.inf), "batch": AT_LEAST_ONE}
 
     devices: str = ""
     tokens: int = 16_384

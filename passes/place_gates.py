@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +9,7 @@ from typing import ClassVar
 from carve.allocate import Option, allocate
 from carve.budget import plan_widths
 from carve.calibration import limit_batches
+from carve.config import AT_LEAST_ONE
 from carve.errors import UserError
 from carve.passbase import Context, ContractError, Pass
 from carve.program import Program
@@ -27,7 +27,7 @@ class PlaceGatesConfig:
     calibration tokens to fit gates on for the measurement.
     """
 
-    RANGES: ClassVar = {"tokens": (1, math.inf)}
+    RANGES: ClassVar = {"tokens": AT_LEAST_ONE}
 
     blocks: str = "measured"
     tokens: int = 8192

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from carve.config import AT_LEAST_ONE
 from carve.passbase import Context, Pass
 from carve.program import Program
 from carve.sites import FFNSite
@@ -25,7 +25,7 @@ class ProfileConfig:
     ``chunk``: tokens at a time.
     """
 
-    RANGES: ClassVar = {"activation_fraction": (0, 1), "chunk": (1, math.inf)}
+    RANGES: ClassVar = {"activation_fraction": (0, 1), "chunk": AT_LEAST_ONE}
 
     activation_fraction: float = 0.1
     chunk: int = 2048

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +14,7 @@ from carve.arithmetic import Precision, grids_of, rounded
 from carve.budget import Widths
 from carve.calibration import limit_batches
 from carve.codec import settled
+from carve.config import AT_LEAST_ONE
 from carve.dialect import hidden, linear_rule
 from carve.errors import UserError
 from carve.ffn import RoutedFFN
@@ -58,7 +58,7 @@ class QuantizeConfig:
     keep where each weight lay within its level, which `carve.passes.TuneGrids` goes on from.
     """
 
-    RANGES: ClassVar = {"tokens": (1, math.inf)}
+    RANGES: ClassVar = {"tokens": AT_LEAST_ONE}
 
     method: str = "carve"
     tokens: int = 24_576

@@ -44,9 +44,9 @@ class RouteRidgeMetrics:
 
     ``captured``: energy of the chosen experts as a share of the oracle's, on tokens held out from
     the fit; ``agreement``: share of the oracle's experts chosen there, when they have joined it;
-    ``strength``: the ridge strength that won; ``load_max``: largest
-    share of tokens that one expert takes, over the mean; ``k_deviation``: standard deviation of the
-    number of experts a token takes.
+    ``strength``: the ridge strength that won; ``load_max``: largest share of tokens that one expert
+    takes, over the mean; ``k_deviation``: standard deviation of the number of experts a token
+    takes.
     """
 
     captured: dict[str, float]
@@ -129,7 +129,9 @@ class RouteRidge(Pass[RouteRidgeConfig]):
             most = min(routed.num_experts, max(top_k, round(self.config.most * top_k)))
             new = replace(new, top_k=most, dynamic=True)
             # What the model told itself does not say how many experts text takes.
-            given = context.inputs.of(site, self.config.tokens, context.given)
+            given = x
+            if context.given is not None:
+                given = context.inputs.of(site, self.config.tokens, context.given)
             new = calibrated(new, given, context.experts(site))
         program.set_routed(site, new)
         metrics.strength[site.name] = strength

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, fx
 
 from carve.arithmetic import rounded
 from carve.calibration import limit_batches
+from carve.config import AT_LEAST_ONE
 from carve.dialect import linear_rule, stored_product
 from carve.errors import UserError
 from carve.grid import BLOCK, in_blocks
@@ -34,7 +34,7 @@ class SmoothConfig:
     tokens; ``forced``: take the first of ``alphas`` everywhere, as published.
     """
 
-    RANGES: ClassVar = {"tokens": (1, math.inf), "alphas": (0, 1)}
+    RANGES: ClassVar = {"tokens": AT_LEAST_ONE, "alphas": (0, 1)}
 
     alphas: tuple[float, ...] = (0.0, 0.3, 0.6)
     tokens: int = 4_096

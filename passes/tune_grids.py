@@ -315,7 +315,7 @@ class TuneGrids(Pass[TuneGridsConfig]):
             context,
             self.name,
             save_seconds=c.save_seconds,
-            after_step=grids.bound,
+            after_step=lambda _: grids.bound(),
         )
 
 

